@@ -1,0 +1,90 @@
+"""Train a small diffusion prior and save it as a diffusers pipeline folder.
+
+The two priors that ship were made by
+
+    python examples/train_prior.py wafer --out smcdiff/zoo/wafer64 --steps 8000 --seed 0
+    python examples/train_prior.py FOLDER_OF_SEM_PICTURES --only 001-040 --out smcdiff/zoo/sem64 --steps 8000 --seed 0
+
+A run that was stopped goes on where its last checkpoint was written when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
+from smcdiff.training import Training
+from smcdiff.zoo.wafer import Wafer
+
+
+def wafer_frames(size: int, number: int, seed: int) -> torch.Tensor:
+    """Pictures of the package's own generator, a few per cent of them with a defect."""
+    return torch.from_numpy(Wafer(size=size).draw_images(np.random.default_rng(seed), number))
+
+
+def folder_frames(folder: Path, only: str | None) -> torch.Tensor:
+    """Grey pictures of one size from a folder, sorted by name; ``only`` is a range of names such as 001-040."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".tif", ".tiff"))
+    if only:
+        first, last = only.split("-")
+        files = [path for path in files if first <= path.stem <= last]
+    if not files:
+        raise SystemExit(f"no pictures to train on in {folder} (range {only}); expected PNG or TIFF files")
+    frames = np.stack([np.asarray(Image.open(path).convert("L"), dtype=np.float32) for path in files])
+    return torch.from_numpy(frames / 127.5 - 1)[:, None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="'wafer' for synthetic wafer pictures, or a folder of grey PNG or TIFF files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to save the pipeline in")
+    parser.add_argument("--only", help="train on this range of file names alone, such as 001-040")
+    parser.add_argument("--images", type=int, default=20_000, help="number of synthetic pictures")
+    parser.add_argument("--size", type=int, default=64, help="rows and columns of a training crop")
+    parser.add_argument("--steps", type=int, default=8000, help="gradient steps")
+    parser.add_argument("--batch", type=int, default=32, help="crops in a step")
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 96], help="channels at each resolution")
+    parser.add_argument("--space-to-depth", type=int, default=2, help="side of the pixel blocks laid into channels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    if arguments.data == "wafer":
+        frames = wafer_frames(arguments.size, arguments.images, arguments.seed)
+    else:
+        frames = folder_frames(Path(arguments.data), arguments.only)
+    factor, levels = arguments.space_to_depth, len(arguments.channels)
+    unet = UNet2DModel(
+        sample_size=arguments.size // factor,
+        in_channels=factor**2,
+        out_channels=factor**2,
+        layers_per_block=1,
+        block_out_channels=tuple(arguments.channels),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        add_attention=False,
+    )
+    scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
+    print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, frames {tuple(frames.shape)}")
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    training = Training(steps=arguments.steps, batch=arguments.batch, size=arguments.size, seed=arguments.seed)
+    checkpoint = arguments.out.with_suffix(".checkpoint.pt")
+    average = training.run(SpaceToDepth(unet, factor), frames, scheduler.alphas_cumprod, checkpoint)
+    DDPMPipeline(average.unet, scheduler).save_pretrained(arguments.out)
+    extra = {"event_shape": [1, arguments.size, arguments.size], "space_to_depth": factor}
+    (arguments.out / "smcdiff.json").write_text(json.dumps(extra, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

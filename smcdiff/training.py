@@ -1,0 +1,133 @@
+r"""Training of a diffusion prior: the v-prediction loss on random crops, with an averaged copy of the weights.
+
+With x_t = alpha_t x_0 + sigma_t eps the network learns v = alpha_t eps - sigma_t x_0, which is well scaled at every
+noise level, by the mean of ``|v - v_theta(x_t, t)|^2`` over t uniform on the training grid; what is kept is the
+exponential moving average of theta.
+
+References:
+    T. Salimans, J. Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (2022), arXiv 2202.00512,
+    Appendix D: the v-prediction.
+    J. Ho, A. Jain, P. Abbeel, "Denoising Diffusion Probabilistic Models" (2020), arXiv 2006.11239: the schedule.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+__all__ = ["Training", "random_crops"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained; :meth:`run` does it.
+
+    Args:
+        steps: gradient steps in all.
+        batch: crops in a step.
+        size: rows and columns of a crop, in pixels.
+        learning_rate: of AdamW, after 200 steps of warm-up, falling along a cosine to 1 % of it.
+        ema: decay of the moving average of the weights, per step.
+        seed: of the data order, the noise and the initial weights.
+        bfloat16: run the network's arithmetic in bfloat16; weights and loss stay in float32.
+        save_every: steps between two checkpoints.
+    """
+
+    steps: int
+    batch: int = 32
+    size: int = 64
+    learning_rate: float = 1e-3
+    ema: float = 0.999
+    seed: int = 0
+    bfloat16: bool = True
+    save_every: int = 250
+
+    def run(self, network: nn.Module, frames: Tensor, alphas_cumprod: Tensor, checkpoint: Path) -> nn.Module:
+        """Train ``network(x_t, index) -> v`` on crops of ``frames`` and return its averaged copy.
+
+        A checkpoint that is already there is continued, step by step as if it had never stopped.
+
+        Args:
+            network: takes (batch, channels, size, size) and integer training indices (batch,).
+            frames: (number, channels, rows, columns) pictures on the scale [-1, 1].
+            alphas_cumprod: alpha_bar on the training grid, shape (train_steps,).
+            checkpoint: file to write to, atomically, and to resume from.
+        """
+        average = copy.deepcopy(network).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
+        done, loss_mean, seconds = 0, float("nan"), 0.0
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            network.load_state_dict(state["network"])
+            average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+            done, loss_mean, seconds = state["done"], state["loss_mean"], state["seconds"]
+        started = time.monotonic() - seconds
+        with tqdm(total=self.steps, initial=done, unit="step", mininterval=5) as bar:
+            while done < self.steps:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done)  # a step's noise is its own
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate(done)
+                loss = self._loss(network, frames, alphas_cumprod, generator)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                decay = min(self.ema, (done + 1) / (done + 10))
+                with torch.no_grad():
+                    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+                        kept.lerp_(new, 1 - decay)
+                done += 1
+                bar.update()
+                if done % 25 == 0 or done == self.steps:
+                    value = float(loss.detach())
+                    loss_mean = value if loss_mean != loss_mean else 0.9 * loss_mean + 0.1 * value
+                    bar.set_postfix(loss=f"{loss_mean:.4f}")
+                if done % self.save_every == 0 or done == self.steps:
+                    state = {
+                        "network": network.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "done": done,
+                        "loss_mean": loss_mean,
+                        "seconds": time.monotonic() - started,
+                    }
+                    torch.save(state, checkpoint.with_suffix(".part"))
+                    os.replace(checkpoint.with_suffix(".part"), checkpoint)
+        return average
+
+    def _rate(self, done: int) -> float:
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(done / self.steps * torch.pi)).item())
+        return self.learning_rate * min(1.0, (done + 1) / 200) * (0.01 + 0.99 * cosine)
+
+    def _loss(self, network: nn.Module, frames: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
+        x_0 = random_crops(frames, self.batch, self.size, generator)
+        index = torch.randint(len(alphas_cumprod), (self.batch,), generator=generator)
+        alpha_bar = alphas_cumprod[index].reshape(-1, 1, 1, 1)
+        alpha_t, sigma_t = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        eps = torch.randn(x_0.shape, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+            v = network(alpha_t * x_0 + sigma_t * eps, index)
+        return (v.float() - (alpha_t * eps - sigma_t * x_0)).square().mean()
+
+
+def random_crops(frames: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
+    """(number, channels, size, size): crops of ``frames`` at random places, turned and mirrored at random."""
+    rows, columns = frames.shape[-2:]
+
+    def draw(high: int) -> list[int]:
+        return torch.randint(high, (number,), generator=generator).tolist()
+
+    places = zip(draw(len(frames)), draw(rows - size + 1), draw(columns - size + 1), draw(4), draw(2), strict=True)
+    crops = []
+    for frame, row, column, turns, mirror in places:
+        crop = torch.rot90(frames[frame, :, row : row + size, column : column + size], turns, (-2, -1))
+        crops.append(crop.flip(-1) if mirror else crop)
+    return torch.stack(crops)

@@ -1,0 +1,259 @@
+r"""Synthetic scanning-electron-microscope pictures of wafers, with a rare defect now and then.
+
+A layout is a signed distance ``d(row, col)`` to the nearest edge of the resist, in pixels, positive inside:
+
+- *lines and spaces*: line ``i`` lies between the edges ``e_i^-(row)`` and ``e_i^+(row)``; its distance is
+  ``min(col - e_i^-, e_i^+ - col)`` and the layout's is the largest over the lines;
+- *contact holes*: ``d = rho - r(theta)``, with ``rho`` and ``theta`` the polar coordinates about the hole's centre,
+  and the layout's is the smallest over the holes.
+
+Edges are rough. Along an edge of length L the displacement is a stationary Gaussian process with the power spectral
+density of Palasantzas, ``PSD(f) proportional to 1 / (1 + (2 pi f xi)^2)^(1/2 + H)``, normalised to standard
+deviation ``roughness``; ``xi`` is the correlation length in pixels and ``H`` the roughness (Hurst) exponent.
+
+The picture is the secondary-electron yield, flat on resist and substrate and brighter at edges,
+
+    I(d) = space + (line - space) S(d / softness) + edge exp(-|d| / width),        S the logistic function,
+
+blurred by a Gaussian point-spread function and read out with Poisson noise of ``dose`` electrons per pixel at I = 1.
+Defects change the geometry before the picture is formed, so that they have edges and blur like everything else.
+
+References:
+    G. Palasantzas, "Roughness spectrum and surface width of self-affine fractal surfaces via the K-correlation
+    model", Physical Review B 48, 14472 (1993): the spectrum.
+    L. Reimer, "Scanning Electron Microscopy", Springer (1998): edge brightening.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DEFECTS", "Wafer", "WaferPicture", "rough_edges"]
+
+Array = NDArray[np.float64]
+
+#: The defects of each layout.
+DEFECTS = {
+    "lines": ("bridge", "break", "pinch", "particle"),
+    "holes": ("missing", "closed", "merged", "particle"),
+}
+
+
+@dataclass(frozen=True)
+class WaferPicture:
+    """One picture and what is true about it.
+
+    Args:
+        image: (size, size), the picture on the scale [-1, 1] (dark, bright), noise of the stated dose included.
+        mask: (size, size) of bool, the pixels whose noise-free value the defect changed by more than 0.1.
+        layout: ``"lines"`` or ``"holes"``.
+        defect: a name of :data:`DEFECTS`, or None.
+    """
+
+    image: Array
+    mask: NDArray[np.bool_]
+    layout: str
+    defect: str | None
+
+
+@dataclass(frozen=True)
+class Wafer:
+    """A population of wafer pictures; :meth:`draw` takes one from it.
+
+    Args:
+        size: rows and columns of a picture, in pixels; at least 32.
+        defect_rate: probability that a picture has a defect, in [0, 1].
+        roughness: standard deviation of an edge's displacement, in pixels.
+        correlation_length: xi of the roughness spectrum, in pixels.
+        hurst: roughness exponent H, in (0, 1].
+        psf_sigma: standard deviation of the microscope's point-spread function, in pixels.
+        dose: electrons per pixel at full brightness; infinity for a picture without noise.
+
+    Raises:
+        ValueError: for a size under 32, a rate outside [0, 1], or a length or dose that is not positive.
+    """
+
+    size: int = 64
+    defect_rate: float = 0.03
+    roughness: float = 0.7
+    correlation_length: float = 8.0
+    hurst: float = 0.7
+    psf_sigma: float = 0.7
+    dose: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.size < 32:
+            raise ValueError(f"got size {self.size}; a wafer picture needs at least 32 pixels a side")
+        if not 0 <= self.defect_rate <= 1:
+            raise ValueError(f"got defect_rate {self.defect_rate}; expected a probability in [0, 1]")
+        for name in ("correlation_length", "hurst", "psf_sigma", "dose"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"got {name} {getattr(self, name)}; expected a number greater than 0")
+
+    def draw(self, rng: np.random.Generator, defect: str | None = None, layout: str | None = None) -> WaferPicture:
+        """One picture. ``defect`` and ``layout`` ask for that kind; None leaves them to chance.
+
+        Raises:
+            ValueError: for a defect or a layout that does not exist, or that do not go together.
+        """
+        layouts = tuple(name for name in DEFECTS if layout in (None, name) and (defect is None or defect in DEFECTS[name]))
+        if not layouts:
+            raise ValueError(f"got layout {layout!r} with defect {defect!r}; expected a pair of {DEFECTS}")
+        layout = layouts[rng.integers(len(layouts))]
+        if defect is None and rng.random() < self.defect_rate:
+            defect = DEFECTS[layout][rng.integers(len(DEFECTS[layout]))]
+        geometry = _lines if layout == "lines" else _holes
+        plain, damaged, bright = geometry(self, rng, defect)
+        if layout == "lines" and rng.random() < 0.5:
+            plain, damaged, bright = plain.T, damaged.T, bright.T
+
+        look = _Look.draw(rng)
+        clean = self._form(look.intensity(plain))
+        image = self._form(np.maximum(look.intensity(damaged), bright))
+        mask = np.abs(image - clean) > 0.05
+        if np.isfinite(self.dose):
+            image = rng.poisson(self.dose * image) / self.dose
+        return WaferPicture(2 * image - 1, mask, layout, defect)
+
+    def draw_images(self, rng: np.random.Generator, number: int) -> NDArray[np.float32]:
+        """(number, 1, size, size) of float32: the images of ``number`` draws, as a network takes them."""
+        return np.stack([self.draw(rng).image for _ in range(number)])[:, None].astype(np.float32)
+
+    def _form(self, intensity: Array) -> Array:
+        """Blur by the point-spread function, on a picture continued by reflection."""
+        radius = max(1, int(np.ceil(4 * self.psf_sigma)))
+        tap = np.exp(-0.5 * (np.arange(-radius, radius + 1) / self.psf_sigma) ** 2)
+        tap /= tap.sum()
+        for axis in (0, 1):
+            padded = np.pad(intensity, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="reflect")
+            windows = np.lib.stride_tricks.sliding_window_view(padded, len(tap), axis=axis)
+            intensity = windows @ tap
+        return intensity
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Grey levels of one picture, on the scale [0, 1]."""
+
+    space: float
+    line: float
+    edge: float
+    width: float
+    softness: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> _Look:
+        return cls(
+            space=rng.uniform(0.05, 0.20),
+            line=rng.uniform(0.40, 0.62),
+            edge=rng.uniform(0.30, 0.50),
+            width=rng.uniform(1.0, 1.8),
+            softness=0.4,
+        )
+
+    def intensity(self, d: Array) -> Array:
+        inside = 0.5 * (1 + np.tanh(d / (2 * self.softness)))
+        return self.space + (self.line - self.space) * inside + self.edge * np.exp(-np.abs(d) / self.width)
+
+
+def rough_edges(wafer: Wafer, rng: np.random.Generator, number: int, length: int) -> Array:
+    """(number, length): independent edge displacements in pixels, periodic along the edge."""
+    frequency = np.fft.rfftfreq(length)
+    density = (1 + (2 * np.pi * frequency * wafer.correlation_length) ** 2) ** -(0.5 + wafer.hurst)
+    density[0] = 0.0  # the mean displacement is the line's position, drawn elsewhere
+    gain = np.sqrt(density / (density.sum() * 2 - density[-1] * (length % 2 == 0)))
+    return wafer.roughness * np.fft.irfft(np.fft.rfft(rng.standard_normal((number, length))) * gain, length) * np.sqrt(length)
+
+
+def _ellipse(wafer: Wafer, row: float, col: float, rows: float, cols: float) -> Array:
+    """Signed distance (to first order) to an ellipse with these half-axes, positive inside."""
+    r, c = np.mgrid[: wafer.size, : wafer.size]
+    return (1 - np.hypot((r - row) / rows, (c - col) / cols)) * min(rows, cols)
+
+
+def _particle(wafer: Wafer, rng: np.random.Generator) -> Array:
+    """The brightness of a dust particle: a bright, soft-edged blob."""
+    row, col = rng.uniform(0.2, 0.8, 2) * wafer.size
+    d = _ellipse(wafer, row, col, rng.uniform(2.0, 4.0), rng.uniform(2.0, 4.0))
+    return 0.95 / (1 + np.exp(-2 * d))
+
+
+def _lines(wafer: Wafer, rng: np.random.Generator, defect: str | None) -> tuple[Array, Array, Array]:
+    """Signed distance without and with the defect, and the brightness laid over it."""
+    size = wafer.size
+    pitch = rng.uniform(11.0, 20.0)
+    width = pitch * rng.uniform(0.4, 0.6)
+    centres = np.arange(-pitch, size + 2 * pitch, pitch) + rng.uniform(0, pitch)
+    edges = rough_edges(wafer, rng, 2 * len(centres), size).reshape(2, len(centres), size)
+    low = centres[:, None] - width / 2 + edges[0]
+    high = centres[:, None] + width / 2 + edges[1]
+    col = np.arange(size)
+
+    row = rng.uniform(0.2, 0.8) * size
+    inner = np.flatnonzero((centres > 0.2 * size) & (centres < 0.8 * size - (pitch if defect == "bridge" else 0)))
+    chosen = inner[rng.integers(len(inner))] if len(inner) else len(centres) // 2
+
+    def distance() -> Array:
+        return np.minimum(col - low[..., None], high[..., None] - col).max(0)
+
+    plain = damaged = distance()
+    bright = np.zeros_like(plain)
+    if defect == "bridge":
+        gap = _ellipse(wafer, row, centres[chosen] + pitch / 2, rng.uniform(2.0, 4.0), pitch / 2)
+        damaged = np.maximum(plain, gap)
+    elif defect == "break":
+        damaged = np.minimum(plain, -_ellipse(wafer, row, centres[chosen], rng.uniform(2.0, 4.5), 0.75 * width))
+    elif defect == "pinch":
+        dent = rng.uniform(0.25, 0.4) * width * np.exp(-0.5 * ((np.arange(size) - row) / rng.uniform(2.0, 3.5)) ** 2)
+        low[chosen] += dent
+        high[chosen] -= dent
+        damaged = distance()
+    elif defect == "particle":
+        bright = _particle(wafer, rng)
+    return plain, damaged, bright
+
+
+def _holes(wafer: Wafer, rng: np.random.Generator, defect: str | None) -> tuple[Array, Array, Array]:
+    """Signed distance without and with the defect, and the brightness laid over it."""
+    size = wafer.size
+    pitch = rng.uniform(14.0, 22.0)
+    radius = pitch * rng.uniform(0.26, 0.36)
+    start = rng.uniform(0, pitch, 2)
+    grid = [np.arange(-pitch, size + pitch, pitch) + s for s in start]
+    centres = np.stack(np.meshgrid(*grid, indexing="ij"), -1).reshape(-1, 2)
+    centres = centres + rng.normal(0, 0.3, centres.shape)
+    angles = 64
+    edges = 0.6 * rough_edges(wafer, rng, len(centres), angles)
+    radii = np.full(len(centres), radius)
+
+    middle = np.flatnonzero(((centres > 0.2 * size) & (centres < 0.8 * size - 0.5 * pitch)).all(1))
+    chosen = middle[rng.integers(len(middle))] if len(middle) else len(centres) // 2
+    r, c = np.mgrid[:size, :size]
+
+    def distance() -> Array:
+        dr, dc = r - centres[:, 0, None, None], c - centres[:, 1, None, None]
+        turn = (np.arctan2(dr, dc) / (2 * np.pi) % 1) * angles
+        near = np.floor(turn).astype(int) % angles
+        part = turn - np.floor(turn)
+        hole = np.arange(len(centres))[:, None, None]
+        rim = radii[:, None, None] + (1 - part) * edges[hole, near] + part * edges[hole, (near + 1) % angles]
+        return (np.hypot(dr, dc) - rim).min(0)
+
+    plain = damaged = distance()
+    bright = np.zeros_like(plain)
+    if defect == "missing":
+        radii[chosen] = -10.0
+        damaged = distance()
+    elif defect == "closed":
+        radii[chosen] *= rng.uniform(0.35, 0.6)
+        damaged = distance()
+    elif defect == "merged":
+        row, col = centres[chosen]
+        gap = _ellipse(wafer, row, col + pitch / 2, rng.uniform(2.0, 3.5), pitch / 2)
+        damaged = np.minimum(plain, -gap)
+    elif defect == "particle":
+        bright = _particle(wafer, rng)
+    return plain, damaged, bright
