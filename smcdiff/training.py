@@ -35,7 +35,7 @@ class Training:
         size: rows and columns of a crop, in pixels.
         learning_rate: of AdamW, after 200 steps of warm-up, falling along a cosine to 1 % of it.
         ema: decay of the moving average of the weights, per step.
-        seed: of the data order, the noise and the initial weights.
+        seed: of the crops and the noise; the initial weights are the network's own.
         bfloat16: run the network's arithmetic in bfloat16; weights and loss stay in float32.
         save_every: steps between two checkpoints.
     """
@@ -54,17 +54,33 @@ class Training:
 
         A checkpoint that is already there is continued, step by step as if it had never stopped.
 
+        Network and frames are on the CPU.
+
         Args:
             network: takes (batch, channels, size, size) and integer training indices (batch,).
             frames: (number, channels, rows, columns) pictures on the scale [-1, 1].
             alphas_cumprod: alpha_bar on the training grid, shape (train_steps,).
             checkpoint: file to write to, atomically, and to resume from.
+
+        Raises:
+            ValueError: for frames that are not four-dimensional or smaller than a crop, and for a checkpoint of a run
+                with another seed.
         """
+        if frames.ndim != 4 or min(frames.shape[-2:]) < self.size:
+            raise ValueError(
+                f"got frames of shape {tuple(frames.shape)}; expected (number, channels, rows, columns) with at least"
+                f" {self.size} rows and columns, the size of a crop"
+            )
         average = copy.deepcopy(network).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         done, loss_mean, seconds = 0, float("nan"), 0.0
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True)
+            if state.get("seed", self.seed) != self.seed:
+                raise ValueError(
+                    f"{checkpoint} holds a run with seed {state['seed']}, this one has seed {self.seed}; give the seed"
+                    " of the checkpoint to go on with it, or another file to start anew"
+                )
             network.load_state_dict(state["network"])
             average.load_state_dict(state["average"])
             optimizer.load_state_dict(state["optimizer"])
@@ -96,6 +112,7 @@ class Training:
                         "average": average.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "done": done,
+                        "seed": self.seed,
                         "loss_mean": loss_mean,
                         "seconds": time.monotonic() - started,
                     }

@@ -1,0 +1,22 @@
+"""What a run is worth, in numbers, words and pictures, and as an ArviZ object.
+
+Nothing here imports ArviZ or Matplotlib until it is used: :mod:`smcdiff.diagnostics.arviz` and
+:mod:`smcdiff.diagnostics.plots` are imported by name.
+"""
+
+from smcdiff.diagnostics.run import Run
+from smcdiff.diagnostics.summary import summarise
+from smcdiff.diagnostics.verdict import Diagnostics, Finding, diagnose
+from smcdiff.diagnostics.weights import effective_sample_size, pareto_k, perplexity, tempered
+
+__all__ = [
+    "Diagnostics",
+    "Finding",
+    "Run",
+    "diagnose",
+    "effective_sample_size",
+    "pareto_k",
+    "perplexity",
+    "summarise",
+    "tempered",
+]

@@ -1,0 +1,1 @@
+"""Diffusion models as probability laws: schedules, denoisers, reverse chains, priors."""

@@ -9,7 +9,8 @@ A layout is a signed distance ``d(row, col)`` to the nearest edge of the resist,
 
 Edges are rough. Along an edge of length L the displacement is a stationary Gaussian process with the power spectral
 density of Palasantzas, ``PSD(f) proportional to 1 / (1 + (2 pi f xi)^2)^(1/2 + H)``, normalised to standard
-deviation ``roughness``; ``xi`` is the correlation length in pixels and ``H`` the roughness (Hurst) exponent.
+deviation ``roughness``; ``xi`` is the correlation length in pixels and ``H`` the roughness (Hurst) exponent. A hole's
+rim is sampled at 64 angles, ``xi`` counts these, and its roughness is 0.6 of a line's.
 
 The picture is the secondary-electron yield, flat on resist and substrate and brighter at edges,
 
@@ -66,14 +67,15 @@ class Wafer:
     Args:
         size: rows and columns of a picture, in pixels; at least 32.
         defect_rate: probability that a picture has a defect, in [0, 1].
-        roughness: standard deviation of an edge's displacement, in pixels.
+        roughness: standard deviation of an edge's displacement, in pixels; 0 for straight edges.
         correlation_length: xi of the roughness spectrum, in pixels.
-        hurst: roughness exponent H, in (0, 1].
+        hurst: roughness exponent H, greater than 0; at most 1 for a self-affine edge.
         psf_sigma: standard deviation of the microscope's point-spread function, in pixels.
         dose: electrons per pixel at full brightness; infinity for a picture without noise.
 
     Raises:
-        ValueError: for a size under 32, a rate outside [0, 1], or a length or dose that is not positive.
+        ValueError: for a size under 32, a rate outside [0, 1], a negative roughness, or a correlation length, Hurst
+            exponent, point-spread width or dose that is not positive.
     """
 
     size: int = 64
@@ -89,6 +91,8 @@ class Wafer:
             raise ValueError(f"got size {self.size}; a wafer picture needs at least 32 pixels a side")
         if not 0 <= self.defect_rate <= 1:
             raise ValueError(f"got defect_rate {self.defect_rate}; expected a probability in [0, 1]")
+        if not self.roughness >= 0:
+            raise ValueError(f"got roughness {self.roughness}; expected a number of pixels, 0 or greater")
         for name in ("correlation_length", "hurst", "psf_sigma", "dose"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; expected a number greater than 0")
@@ -99,7 +103,7 @@ class Wafer:
         Raises:
             ValueError: for a defect or a layout that does not exist, or that do not go together.
         """
-        layouts = tuple(name for name in DEFECTS if layout in (None, name) and (defect is None or defect in DEFECTS[name]))
+        layouts = [name for name, kinds in DEFECTS.items() if layout in (None, name) and defect in (None, *kinds)]
         if not layouts:
             raise ValueError(f"got layout {layout!r} with defect {defect!r}; expected a pair of {DEFECTS}")
         layout = layouts[rng.integers(len(layouts))]
@@ -165,7 +169,8 @@ def rough_edges(wafer: Wafer, rng: np.random.Generator, number: int, length: int
     density = (1 + (2 * np.pi * frequency * wafer.correlation_length) ** 2) ** -(0.5 + wafer.hurst)
     density[0] = 0.0  # the mean displacement is the line's position, drawn elsewhere
     gain = np.sqrt(density / (density.sum() * 2 - density[-1] * (length % 2 == 0)))
-    return wafer.roughness * np.fft.irfft(np.fft.rfft(rng.standard_normal((number, length))) * gain, length) * np.sqrt(length)
+    white = rng.standard_normal((number, length))
+    return wafer.roughness * np.sqrt(length) * np.fft.irfft(np.fft.rfft(white) * gain, length)
 
 
 def _ellipse(wafer: Wafer, row: float, col: float, rows: float, cols: float) -> Array:

@@ -1,0 +1,181 @@
+r"""A verdict on a run: good, doubtful or bad, with the reason and the remedy of every doubt.
+
+With the chains' evidence estimates Z_1 ... Z_b the pooled one is Z = mean(Z_c), and the standard error of log Z is by
+the delta method sd(Z_c) / (sqrt(b) Z). The spread sd(log Z_c) tells how good each chain is: log Z_c is nearly normal
+with variance s^2, of which about b exp(-s^2) chains count once they are weighed by Z_c; particle Markov chains are
+tuned to s between 1 and 1.7.
+
+References:
+    A. Doucet, M. Pitt, G. Deligiannidis, R. Kohn, "Efficient implementation of Markov chain Monte Carlo when using an
+    unbiased likelihood estimator" (2015), arXiv 1210.1871: the spread of log Z to aim at.
+    A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry, "Pareto smoothed importance sampling" (2024),
+    arXiv 1507.02646: limits of k-hat.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smcdiff.diagnostics.run import Run
+from smcdiff.diagnostics.weights import effective_sample_size, pareto_k, perplexity
+
+__all__ = ["Diagnostics", "Finding", "Verdict", "diagnose"]
+
+Verdict = Literal["good", "doubtful", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason not to trust a result.
+
+    Args:
+        level: how much it matters, "doubtful" or "bad".
+        reason: what was seen, as a sentence.
+        remedy: what to do about it, as a sentence.
+    """
+
+    level: Verdict
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the weights of a run say about it.
+
+    Args:
+        ess: (steps, b), effective sample size of each chain after each step.
+        min_ess: its smallest value.
+        pooled_ess: effective sample size of all final particles, chains weighed by their evidence; of S = b n.
+        perplexity: exp(entropy) of the same weights; of S.
+        k_hat: Pareto shape of the same weights; NaN if there are too few, -inf if they are equal.
+        roots: (b,), how many of the initial particles of each chain have descendants at the end; None if not recorded.
+        log_z: (b,), log-evidence of each chain, in nats.
+        log_z_spread: standard deviation of ``log_z`` over chains, in nats; NaN for one chain.
+        log_evidence: the pooled estimate, in nats.
+        log_evidence_error: its standard error, in nats; NaN for one chain.
+        findings: what is wrong, worst first; empty if nothing is.
+    """
+
+    ess: Tensor
+    min_ess: float
+    pooled_ess: float
+    perplexity: float
+    k_hat: float
+    roots: Tensor | None
+    log_z: Tensor
+    log_z_spread: float
+    log_evidence: float
+    log_evidence_error: float
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "good" if there are no findings, otherwise the level of the worst."""
+        return self.findings[0].level if self.findings else "good"
+
+    def __str__(self) -> str:
+        roots = "not recorded" if self.roots is None else " ".join(str(int(r)) for r in self.roots)
+        lines = [
+            f"verdict                     {self.verdict}",
+            f"log-evidence                {self.log_evidence:.2f} +- {self.log_evidence_error:.2f} nats",
+            f"log-evidence of each chain  {' '.join(f'{z:.1f}' for z in self.log_z.tolist())}",
+            f"spread over chains          {self.log_z_spread:.2f} nats",
+            f"smallest ESS of a step      {self.min_ess:.1f}",
+            f"ESS of all final particles  {self.pooled_ess:.1f}  (perplexity {self.perplexity:.1f})",
+            f"Pareto k-hat                {self.k_hat:.2f}",
+            f"surviving roots per chain   {roots}",
+        ]
+        return "\n".join(lines + [f"{f.level}: {f.reason} {f.remedy}" for f in self.findings])
+
+
+def diagnose(run: Run) -> Diagnostics:
+    """The numbers of a run and the verdict on them."""
+    b, n = run.log_w.shape
+    log_z = run.log_z.to(torch.float64)
+    log_mean = log_z.logsumexp(0) - math.log(b)
+    spread = float(log_z.std()) if b > 1 else math.nan
+    error = float((log_z - log_mean).exp().std() / math.sqrt(b)) if b > 1 else math.nan
+    pooled = effective_sample_size(run.log_w)
+    k_hat = pareto_k(run.log_w)
+    roots = None if run.roots is None else run.roots[-1]
+    min_ess = float(run.ess.min())
+    findings = [
+        *_about_weights(b, n, pooled, k_hat),
+        *_about_chains(n, spread, min_ess),
+        *_about_roots(n, roots),
+    ]
+    return Diagnostics(
+        ess=run.ess,
+        min_ess=min_ess,
+        pooled_ess=pooled,
+        perplexity=perplexity(run.log_w),
+        k_hat=k_hat,
+        roots=roots,
+        log_z=log_z,
+        log_z_spread=spread,
+        log_evidence=float(log_mean),
+        log_evidence_error=error,
+        findings=tuple(sorted(findings, key=lambda finding: finding.level)),  # "bad" sorts before "doubtful"
+    )
+
+
+def _about_weights(b: int, n: int, pooled: float, k_hat: float) -> list[Finding]:
+    size = b * n
+    found = []
+    if size > 1 and pooled < min(10.0, 0.5 * size):
+        found.append(
+            Finding(
+                "bad" if pooled < 2 else "doubtful",
+                f"The {size} final particles count for {pooled:.1f} equally weighted ones.",
+                "Use more particles, more chains, or a twist that follows the posterior more closely.",
+            )
+        )
+    if size > 10 and k_hat > min(1 - 1 / math.log10(size), 0.7):
+        found.append(
+            Finding(
+                "bad" if k_hat >= 1 else "doubtful",
+                f"The weights have a heavy tail (Pareto k-hat {k_hat:.2f}): a few particles decide every average.",
+                "Use a twist that follows the posterior more closely; more particles help slowly.",
+            )
+        )
+    return found
+
+
+def _about_chains(n: int, spread: float, min_ess: float) -> list[Finding]:
+    found = []
+    if spread > 1:
+        found.append(
+            Finding(
+                "bad" if spread > 3 else "doubtful",
+                f"The log-evidence of the chains spreads by {spread:.1f} nats: they do not agree on the posterior.",
+                "Use more particles per chain, more steps, or a better twist, until the spread is near 1.",
+            )
+        )
+    if n > 1 and min_ess < max(0.05 * n, min(2.0, 0.5 * n)):
+        found.append(
+            Finding(
+                "doubtful",
+                f"At some step the {n} particles of a chain counted for {min_ess:.1f}: most of what it knew was lost.",
+                "Use more steps or a better twist there; the ESS plot shows where.",
+            )
+        )
+    return found
+
+
+def _about_roots(n: int, roots: Tensor | None) -> list[Finding]:
+    if n == 1 or roots is None or int(roots.min()) > 1:
+        return []
+    single = int((roots == 1).sum())
+    return [
+        Finding(
+            "doubtful",
+            f"In {single} of {len(roots)} chains all particles descend from one: they are relatives, not independent.",
+            "Count each such chain as about one draw; more chains give more of them.",
+        )
+    ]

@@ -1,0 +1,281 @@
+r"""A Pyro program as a joint chain of its latents and a likelihood.
+
+The program is run once on a probe to see its sites: diffusion priors, other latents, observations. From then on it is
+a function of the latents' chain states alone, run on all particles at once by ``torch.func.vmap``: the program itself
+is written for one particle, as any Pyro program is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from smcdiff.diffusion.analytic import StandardNormalDenoiser
+from smcdiff.diffusion.chain import ReverseChain
+from smcdiff.diffusion.prior import DiffusionPrior
+from smcdiff.diffusion.schedule import VPSchedule
+from smcdiff.guidance.latents import from_standard_normal, noise_shape
+from smcdiff.measurement.noise import gaussian_moments
+
+__all__ = ["Latent", "Program", "Score", "not_gaussian", "pointwise_log_prob"]
+
+#: log-density of an observed site, elementwise or already summed: (site name, its law, its value) -> tensor.
+Score = Callable[[str, Distribution, Tensor], Tensor]
+
+
+def pointwise_log_prob(name: str, fn: Distribution, value: Tensor) -> Tensor:
+    """log p(value) without the sum over independent entries, where the law says which they are."""
+    if isinstance(fn, Independent):
+        return pointwise_log_prob(name, fn.base_dist, value)
+    pointwise = getattr(fn, "log_prob_pointwise", None)
+    return fn.log_prob(value) if pointwise is None else pointwise(value)
+
+
+def not_gaussian(who: str, name: str, fn: Distribution) -> TypeError:
+    """The error for a law that is not normal with independent entries where a method needs it."""
+    return TypeError(
+        f"{who} needs Gaussian noise; the observed site {name!r} has the law {type(fn).__name__}. Use "
+        "sd.GaussianMeasurement or a Normal there, or sd.TDS with sd.PointTwist(), which takes any likelihood"
+    )
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of a program.
+
+    Args:
+        name: of the site.
+        chain: the reverse chain of its state: the picture itself for a diffusion prior, standard normal otherwise.
+        is_diffusion: whether the site is a diffusion prior.
+    """
+
+    name: str
+    chain: ReverseChain
+    is_diffusion: bool
+
+
+class Program:
+    """p(latents) p(y given latents) of a Pyro program run with these arguments.
+
+    Args:
+        model: a Pyro program with at least one observed site.
+        args, kwargs: what it is called with, measurements among them.
+
+    Raises:
+        ValueError: for a program that observes nothing, a measurement that is not finite or of a shape that its law
+            does not have, diffusion priors with different numbers of steps, or a subsampled plate.
+        UnmappablePrior: for a latent that is discrete or whose prior has no quantile function.
+    """
+
+    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
+        self._model, self._args, self._kwargs = model, args, kwargs or {}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            trace = pyro.poutine.trace(_Probe()(model)).get_trace(*args, **self._kwargs)
+        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        laws = {name: site["fn"] for name, site in sites.items() if not site["is_observed"]}
+        for name, site in sites.items():
+            if isinstance(site["fn"], pyro.poutine.subsample_messenger._Subsample):
+                raise ValueError(
+                    f"got the subsampled plate {name!r}; a likelihood of a random part of the data has random "
+                    "weights. Use the plate without subsample_size"
+                )
+        self.observed = {
+            name: site["value"] for name, site in sites.items() if site["is_observed"] and not _is_deterministic(site)
+        }
+        if not self.observed:
+            raise ValueError(
+                f"got a program that observes nothing, with the sites {sorted(sites)}; give SMC.run the measurement "
+                "that the program passes on as obs="
+            )
+        for name, value in self.observed.items():
+            _check_observation(name, sites[name]["fn"], value)
+        chains = _diffusion_chains(laws)
+        first = next(iter(chains.values()), None)
+        self.dtype, self.device = self._number_format(first)
+        self.latents = {
+            name: Latent(name, chains[name], True)
+            if name in chains
+            else Latent(name, self._noise_chain(name, fn, first), False)
+            for name, fn in laws.items()
+        }
+        self.num_steps = first.num_steps if first else 100
+
+    def log_prob(self, states: dict[str, Tensor], score: Score = pointwise_log_prob) -> Tensor:
+        """log p(y given latents), shape (m,) of float64, or the sum of another ``score`` over the observed sites.
+
+        Args:
+            states: chain states at noise level 0 (or estimates of them), {site: (m, *shape)}.
+        """
+
+        def one(state: dict[str, Tensor]) -> Tensor:
+            terms = self._run(state, score).terms.values()
+            total = sum(term.sum(dtype=torch.float64) for term in terms)
+            return torch.as_tensor(total, dtype=torch.float64, device=self.device)
+
+        return self._map(one, states)
+
+    def pointwise(self, states: dict[str, Tensor], score: Score = pointwise_log_prob) -> dict[str, Tensor]:
+        """``score`` of each observed site, unsummed: {site: (m, *shape)}."""
+        return self._map(lambda state: self._run(state, score).terms, states)
+
+    def moments(self, states: dict[str, Tensor], who: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The measurement, its mean and its precision under Gaussian noise, all observed sites in a row.
+
+        A site's scale multiplies its precision, and where it is masked the precision is 0.
+
+        Args:
+            who: needs this, for the error.
+
+        Returns:
+            y (values,), mean (m, values) and precision (m, values), in the order of :attr:`observed`.
+
+        Raises:
+            TypeError: where a law is not normal with independent entries.
+        """
+
+        def moments_of(name: str, fn: Distribution, value: Tensor) -> Tensor:
+            noise = gaussian_moments(fn)
+            if noise is None:
+                raise not_gaussian(who, name, fn)
+            return torch.stack((noise.loc.expand(value.shape), 1 / noise.variance.expand(value.shape)))
+
+        def one(state: dict[str, Tensor]) -> Tensor:
+            fill = self._run(state, moments_of)
+            rows = []
+            for name, pair in fill.raw.items():
+                weight = scale_and_mask(torch.ones_like(pair[1]), *fill.weights[name])
+                rows.append(torch.stack((pair[0], pair[1] * weight)).flatten(1))
+            return torch.cat(rows, -1)
+
+        mean, precision = self._map(one, states).unbind(1)
+        y = torch.cat([value.reshape(-1) for value in self.observed.values()]).to(mean.dtype)
+        return y, mean, precision
+
+    def values(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The latents and deterministic sites in the program's own units: {site: (m, *event)}."""
+        return self._map(lambda state: self._run(state, pointwise_log_prob).values, states)
+
+    def _run(self, state: dict[str, Tensor], score: Score) -> _Fill:
+        fill = _Fill(state, score)
+        with pyro.validation_enabled(False):
+            fill(self._model)(*self._args, **self._kwargs)
+        return fill
+
+    def _map(self, one: Callable[[dict[str, Tensor]], Any], states: dict[str, Tensor]) -> Any:
+        """``one`` on every particle at once."""
+        try:
+            return torch.func.vmap(one)(states)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise RuntimeError(
+                "the program cannot be run on all particles at once. Between its latents and its observations it must "
+                "be a function of tensors: no .item(), no `if` on a latent's value, no in-place change of a tensor "
+                f"that no latent went into, no random draw outside pyro.sample. torch says: {error}"
+            ) from error
+
+    def _number_format(self, chain: ReverseChain | None) -> tuple[torch.dtype, torch.device]:
+        if chain is not None:
+            return chain.denoiser.dtype, chain.denoiser.device
+        value = next(iter(self.observed.values()))
+        return (value.dtype if value.is_floating_point() else torch.get_default_dtype()), value.device
+
+    def _noise_chain(self, name: str, fn: Distribution, beside: ReverseChain | None) -> ReverseChain:
+        """The exact chain of a latent's standard normal noise, on the grid of the program's diffusion prior."""
+        batch_shape = tuple(fn.batch_shape)
+        event_shape = noise_shape(fn, name)[len(batch_shape) :]
+        denoiser = StandardNormalDenoiser(event_shape, self.dtype, self.device)
+        schedule, steps, grid = (beside.schedule, beside.num_steps, beside.grid) if beside else (VPSchedule(), 100, None)
+        return ReverseChain(denoiser, schedule, steps, variance="optimal", grid=grid, batch_shape=batch_shape)
+
+
+class _Fill(Messenger):
+    """Gives the latents their values and collects the score of each observed site."""
+
+    def __init__(self, state: dict[str, Tensor], score: Score) -> None:
+        super().__init__()
+        self.state, self.score = state, score
+        self.values: dict[str, Tensor] = {}
+        self.raw: dict[str, Tensor] = {}
+        self.weights: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The scores with the sites' scale and mask applied."""
+        return {name: scale_and_mask(score, *self.weights[name]) for name, score in self.raw.items()}
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if msg["is_observed"]:
+            if _is_deterministic(msg):
+                self.values[name] = msg["value"]
+            else:
+                self.raw[name] = self.score(name, fn, msg["value"])
+                self.weights[name] = (msg["scale"], msg["mask"])
+        elif name in self.state:
+            state = self.state[name]
+            msg["value"] = state if isinstance(fn, DiffusionPrior) else from_standard_normal(fn, state)
+            msg["done"] = True
+            self.values[name] = msg["value"]
+
+
+class _Probe(Messenger):
+    """Draws diffusion sites by one evaluation of the denoiser at the highest noise, in place of a whole chain."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, DiffusionPrior) and not msg["is_observed"]:
+            chain = fn.chain
+            noise = torch.randn(chain.shape, dtype=chain.denoiser.dtype, device="cpu").to(chain.denoiser.device)
+            estimate = chain.estimate(chain.num_steps, chain.initial_scale * noise[None])
+            msg["value"], msg["done"] = estimate.mean[0], True
+
+
+def _is_deterministic(site: Any) -> bool:
+    return bool(site["infer"] and site["infer"].get("_deterministic"))
+
+
+def _diffusion_chains(laws: dict[str, Distribution]) -> dict[str, ReverseChain]:
+    chains = {name: fn.chain for name, fn in laws.items() if isinstance(fn, DiffusionPrior)}
+    steps = {name: chain.num_steps for name, chain in chains.items()}
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"got diffusion priors with different numbers of steps, {steps}; all chains of a program take their steps "
+            "together: give them one num_steps, for instance by prior.replace(num_steps=...)"
+        )
+    for name, chain in chains.items():
+        if chain.eta == 0:
+            raise ValueError(
+                f"got the diffusion prior {name!r} with eta = 0, a deterministic chain without a density; particles "
+                "cannot be weighed on it. Take eta in (0, 1]"
+            )
+    return chains
+
+
+def _check_observation(name: str, fn: Distribution, value: Tensor) -> None:
+    law = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+    if not isinstance(value, Tensor):
+        raise ValueError(f"got a {type(value).__name__} as the measurement at {name!r}; expected a tensor")
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(
+            f"got a measurement at {name!r} with {bad} of {value.numel()} values NaN or infinite; leave these pixels "
+            "out with sd.Mask or pyro.poutine.mask, and fill them with any finite number"
+        )
+    expected = law.batch_shape + law.event_shape
+    if value.shape != expected:
+        raise ValueError(
+            f"got a measurement at {name!r} of shape {tuple(value.shape)}; its law {type(law).__name__} has shape "
+            f"{tuple(expected)}. Give a measurement of that shape, or put the site in a pyro.plate of the data's size"
+        )

@@ -1,0 +1,172 @@
+r"""A program, its chains and a method as a Feynman-Kac model: the twisted particle filter.
+
+    initial     x_T ~ N(0, (alpha_T^2 + sigma_T^2) I),           log_g = log psi_T(x_T)
+    t -> s      x_s ~ q(x_s given x_t, y),                       log_g = log p(x_s given x_t) - log q(x_s given x_t, y)
+                                                                         + log psi_s(x_s) - log psi_t(x_t)
+    s = 0       psi_0 = p(y given x_0), so that the weights of a whole path multiply to p(path) p(y given x_0) / q(path).
+
+Each particle carries what its one network evaluation gave: x_t, x0_hat, log psi_t and the gradient of the proposal's
+objective. They are resampled together, so nothing is ever computed twice or left behind.
+
+References:
+    L. Wu, B. Trippe, C. Naesseth, D. Blei, J. Cunningham, "Practical and Asymptotically Exact Conditional Sampling in
+    Diffusion Models" (2023), arXiv 2306.17775, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smcdiff.diffusion.denoiser import Estimate
+from smcdiff.guidance.base import Method, Prediction, SiteStep
+from smcdiff.guidance.program import Program
+from smcdiff.smc.feynman_kac import Move, Particles
+
+__all__ = ["Evaluations", "TwistedModel"]
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations so far, counted per particle.
+
+    Args:
+        forward: passes through the denoisers of the diffusion sites.
+        backward: passes back through them for the proposal's gradient; a twist's own Jacobian products come on top.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+class TwistedModel:
+    """The Feynman-Kac model of a method on a program. Filter step i goes from noise level k = K + 1 - i to k - 1.
+
+    Args:
+        program: latents with their chains, and the likelihood.
+        method: a twist and a proposal.
+        max_batch: largest number of particles put through the network at once; None puts all.
+    """
+
+    def __init__(self, program: Program, method: Method, max_batch: int | None = None) -> None:
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"got max_batch {max_batch}; expected at least 1 particle, or None for all at once")
+        self.program, self.method, self.max_batch = program, method, max_batch
+        self.evaluations = Evaluations()
+        #: False once a point mass other than the chain's own was proposed: such a path has no weight.
+        self.has_density = True
+
+    @property
+    def num_steps(self) -> int:
+        return self.program.num_steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.device
+
+    def describe(self, i: int) -> str:
+        """Filter step i in the words of the diffusion chain."""
+        k = self.num_steps - i
+        latents = self.program.latents.values()
+        chain = next((latent.chain for latent in latents if latent.is_diffusion), next(iter(latents)).chain)
+        return f"step k = {k} of K = {self.num_steps}, noise time t = {chain.levels[k].t:.6g}"
+
+    def initial(self, num_chains: int, num_particles: int, generator: torch.Generator) -> Move:
+        """x_T from N(0, (alpha_T^2 + sigma_T^2) I) and log psi_T."""
+        x = {}
+        for name, latent in self.program.latents.items():
+            shape = (num_chains, num_particles, *latent.chain.shape)
+            x[name] = latent.chain.initial_scale * self._noise(shape, generator)
+        particles, faults = self._evaluate(self.num_steps, x)
+        return Move(particles, particles["log_psi"], faults)
+
+    def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
+        """x_s from q, and the incremental weight."""
+        k = self.num_steps + 1 - i
+        b, n = particles["log_psi"].shape
+        x, log_ratio = {}, torch.zeros(b * n, dtype=torch.float64, device=self.device)
+        for name, latent in self.program.latents.items():
+            here = {part: particles[key].flatten(0, 1) for part in _PARTS if (key := f"{name}/{part}") in particles}
+            x_t = particles[name].flatten(0, 1)
+            estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"))
+            p = latent.chain.transition(k, x_t, estimate)
+            q = self.method.proposal.q(SiteStep(latent.chain.step(k), x_t, estimate, p, here.get("gradient")))
+            if q.variance is None and q is not p:  # a point mass other than the chain's own has no weight ...
+                if n > 1:
+                    q = p  # ... so weighted particles keep to the chain,
+                else:
+                    self.has_density = False  # and a single one, which needs no weight, goes without evidence
+            x_s = q.sample(self._noise(x_t.shape, generator))
+            log_ratio = log_ratio + p.log_density_ratio(q, x_s, event_dim=x_s.ndim - 1)
+            x[name] = x_s.unflatten(0, (b, n))
+        moved, faults = self._evaluate(k - 1, x)
+        log_g = log_ratio.reshape(b, n) + moved["log_psi"] - particles["log_psi"]
+        return Move(moved, log_g, faults)
+
+    def _evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:
+        """All that particles at noise level k carry, and what went wrong in which chain."""
+        b, n = next(iter(x.values())).shape[:2]
+        flat = {name: value.flatten(0, 1) for name, value in x.items()}
+        size = self.max_batch or b * n
+        parts = []
+        for start in range(0, b * n, size):
+            chunk = {name: value[start : start + size] for name, value in flat.items()}
+            parts.append(self._predict(k, chunk) if k else {**chunk, "log_psi": self.program.log_prob(chunk)})
+        particles = {key: torch.cat([part[key] for part in parts]).unflatten(0, (b, n)) for key in parts[0]}
+        return particles, _faults(particles)
+
+    def _predict(self, k: int, x: dict[str, Tensor]) -> Particles:
+        """Denoisers, twist and gradient on one batch (m, *shape): the network's one evaluation."""
+        proposal = self.method.proposal
+        with torch.enable_grad():
+            x = {name: value.detach().requires_grad_() for name, value in x.items()}
+            estimates = {name: latent.chain.estimate(k, x[name]) for name, latent in self.program.latents.items()}
+            prediction = Prediction(self.program, k, x, estimates)
+            log_psi = self.method.twist.log_psi(prediction)
+            objective = proposal.objective(prediction, log_psi)
+            gradients: dict[str, Tensor] = {}
+            if objective is not None:
+                found = torch.autograd.grad(
+                    objective.sum(), list(x.values()), allow_unused=True, materialize_grads=True
+                )
+                gradients = dict(zip(x, found, strict=True))
+        diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())
+        self.evaluations.forward += diffusion * len(log_psi)
+        self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
+        carried: Particles = {"log_psi": log_psi.detach()}
+        for name, value in x.items():
+            estimate = estimates[name]
+            carried[name] = value.detach()
+            carried[f"{name}/x0_hat"] = estimate.mean.detach()
+            for part, tensor in (("variance", estimate.variance), ("fraction", estimate.fraction)):
+                if tensor is not None:
+                    carried[f"{name}/{part}"] = tensor.detach().expand(len(value), *tensor.shape[1:])
+            if gradients:
+                carried[f"{name}/gradient"] = gradients[name]
+        return carried
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)
+
+
+#: What a particle carries of a latent besides its state.
+_PARTS = ("x0_hat", "variance", "fraction", "gradient")
+
+
+def _faults(particles: Particles) -> dict[str, Tensor]:
+    """Which chains hold a value that is not finite, by the sentence that names it."""
+    named = {
+        "x0_hat": "the denoiser of {!r} returned NaN or infinite values; check the network, its dtype and its input",
+        "gradient": (
+            "the gradient of the method's objective with respect to {!r} is NaN or infinite; check the likelihood at "
+            "extreme values of the latents, or limit the proposal with max_shift"
+        ),
+    }
+    faults = {}
+    for key, value in particles.items():
+        site, _, part = key.rpartition("/")
+        if site and part in named:
+            faults[named[part].format(site)] = ~torch.isfinite(value).flatten(1).all(1)
+    return faults

@@ -1,0 +1,120 @@
+r"""Twisting functions: log psi_t(x_t), an approximation of log p(y given x_t).
+
+Any positive psi_t leaves the filter exact in the limit of many particles, with an unbiased evidence for any number; a
+good one keeps the weights even. At t = 0 the likelihood itself takes its place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, MultivariateNormal
+
+from smcdiff.guidance.base import Prediction
+from smcdiff.guidance.program import not_gaussian
+from smcdiff.measurement.noise import gaussian_moments
+
+__all__ = ["PointTwist", "TweedieTwist", "WidenedTwist"]
+
+
+@dataclass(frozen=True)
+class PointTwist:
+    """psi_t(x_t) = p(y given x_0 = x0_hat(x_t)): the published twist. Takes any likelihood.
+
+    References:
+        L. Wu, B. Trippe, C. Naesseth, D. Blei, J. Cunningham, "Practical and Asymptotically Exact Conditional
+        Sampling in Diffusion Models" (2023), arXiv 2306.17775, eq. 8.
+    """
+
+    def log_psi(self, prediction: Prediction) -> Tensor:
+        return prediction.program.log_prob(prediction.x0_hat)
+
+
+@dataclass(frozen=True)
+class WidenedTwist:
+    """psi_t(x_t) = N(y; A(x0_hat), sigma_y^2 + c (sigma_t / alpha_t)^2): the point twist, less sure at high noise.
+
+    Args:
+        c: how much of the noise's variance reaches the measurement, at least 0; 1 for an operator of gain one.
+    """
+
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.c >= 0:
+            raise ValueError(f"got c = {self.c}; expected at least 0, where 0 is the point twist")
+
+    def log_psi(self, prediction: Prediction) -> Tensor:
+        extra = self.c * prediction.ratio**2
+
+        def score(name: str, fn: Distribution, y: Tensor) -> Tensor:
+            noise = gaussian_moments(fn)
+            if noise is None:
+                raise not_gaussian("the widened twist", name, fn)
+            variance = noise.variance + extra
+            return -0.5 * ((y - noise.loc) ** 2 / variance + variance.log() + math.log(2 * math.pi))
+
+        return prediction.program.log_prob(prediction.x0_hat, score)
+
+
+@dataclass(frozen=True)
+class TweedieTwist:
+    r"""psi_t(x_t) = N(y; A(x0_hat), J C_t J^T + sigma_y^2 I),  C_t = (sigma_t^2 / alpha_t) d x0_hat / d x_t.
+
+    C_t is the exact covariance of x_0 given x_t (Tweedie), J the derivative of the measurement's mean with respect to
+    the latents at x0_hat: the operator's matrix where it is linear, a linearisation of the program elsewhere. All
+    latents enter, the exactly known variance of the standard normal ones included. It takes one vector-Jacobian
+    product of the network per measured value; through the covariance no gradient is taken.
+
+    Args:
+        max_measurements: largest number of measured values accepted.
+
+    Raises:
+        TypeError: where a law is not Gaussian.
+        ValueError: for more measured values than ``max_measurements``.
+
+    References:
+        B. Boys, M. Girolami, J. Pidstrigach, S. Reich, A. Mosca, O. Akyildiz, "Tweedie Moment Projected Diffusions for
+        Inverse Problems" (2023), arXiv 2310.06721, eq. 8 and 10.
+    """
+
+    max_measurements: int = 64
+
+    def log_psi(self, prediction: Prediction) -> Tensor:
+        x, x0_hat = prediction.x, prediction.x0_hat
+        count = sum(value.numel() for value in prediction.program.observed.values())
+        if count > self.max_measurements:
+            raise ValueError(
+                f"got {count} measured values; the Tweedie twist needs a pass through the network for each and takes "
+                f"at most {self.max_measurements}. Use sd.WidenedTwist() for pictures"
+            )
+        with torch.enable_grad():
+            y, mean, precision = prediction.program.moments(x0_hat, "the Tweedie twist")
+            by_state = _jacobian(mean, x)
+            by_clean = _jacobian(mean, x0_hat)
+        covariance = 0.0
+        for name, latent in prediction.program.latents.items():
+            level = latent.chain.levels[prediction.k]
+            gain = level.sigma**2 / level.alpha  # 2310.06721, eq. 8: C_t = gain * d x0_hat / d x_t
+            covariance = covariance + gain * by_state[name] @ by_clean[name].mT  # (m, dim y, dim y)
+        covariance = torch.as_tensor(covariance).detach()
+        values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.mT))
+        covariance = vectors * values.clamp(min=0)[..., None, :] @ vectors.mT  # a network's need not be symmetric
+        noise = 1 / precision.clamp(min=torch.finfo(precision.dtype).tiny ** 0.5)
+        law = MultivariateNormal(mean, covariance + noise.diag_embed(), validate_args=False)
+        return law.log_prob(y).double()
+
+
+def _jacobian(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """d output[:, i] / d input of each particle: {site: (m, outputs, d)}."""
+    tensors = list(inputs.values())
+    rows = [
+        torch.autograd.grad(output[:, i].sum(), tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for i in range(output.shape[1])
+    ]
+    return {
+        name: torch.stack([row[site].flatten(1) for row in rows], 1) for site, name in enumerate(inputs)
+    }

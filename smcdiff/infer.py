@@ -1,0 +1,220 @@
+"""The front door: run a method on a Pyro program and read its posterior, in the manner of ``pyro.infer.MCMC``."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from smcdiff.diagnostics.run import Run
+from smcdiff.guidance.base import Method
+from smcdiff.guidance.program import Program
+from smcdiff.guidance.twisted import TwistedModel
+from smcdiff.smc import FilterState, History, ParticleFilter, Records
+from smcdiff.smc.genealogy import surviving_roots
+
+if TYPE_CHECKING:
+    from smcdiff.diagnostics.verdict import Diagnostics
+
+__all__ = ["SMC", "WeightedSamples"]
+
+
+@dataclass(frozen=True)
+class WeightedSamples:
+    """The particles of a run with their pooled weights.
+
+    Args:
+        values: {site: (b, n, *event)}, latents and deterministic sites in the program's own units.
+        log_w: (b, n), float64: log-weights over all chains, each chain by its share of the evidence; logsumexp = 0.
+    """
+
+    values: dict[str, Tensor]
+    log_w: Tensor
+
+
+class SMC:
+    """Sequential Monte Carlo on a Pyro program.
+
+    Args:
+        kernel: a method applied to the program, such as ``sd.TDS(model)``.
+        num_particles: n, particles of one chain, resampled among each other.
+        num_chains: b, independent particle systems; pooled by their evidence.
+        filter: how particles are resampled, and when.
+        max_batch: largest number of particles put through the network at once; None puts all b n of them. The result
+            does not depend on it.
+        seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets.
+        records: what to keep of the steps.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for numbers of particles or chains below 1.
+    """
+
+    def __init__(
+        self,
+        kernel: Method,
+        num_particles: int,
+        num_chains: int = 1,
+        *,
+        filter: ParticleFilter = ParticleFilter(),  # noqa: B008 (immutable)
+        max_batch: int | None = None,
+        seed: int | None = None,
+        records: Records = Records(),  # noqa: B008 (immutable)
+        progress: bool = True,
+    ) -> None:
+        for name, value in (("num_particles", num_particles), ("num_chains", num_chains)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"got {name} {value!r}; expected an integer of at least 1")
+        self.kernel, self.num_particles, self.num_chains = kernel, num_particles, num_chains
+        self._filter, self._max_batch, self._seed, self._records = filter, max_batch, seed, records
+        self._progress = progress
+        self._finished: _Finished | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> SMC:
+        """Condition the program on these arguments, measurements among them, and run; returns itself.
+
+        Raises:
+            ValueError, TypeError: for a program or a measurement that cannot be run, before any work is done.
+            FilterError: for a run whose result cannot stand, naming step, chain, fault and remedy.
+        """
+        program = Program(self.kernel.model, args, kwargs)
+        model = TwistedModel(program, self.kernel, self._max_batch)
+        seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
+        with tqdm(total=program.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
+
+            def progress(state: FilterState) -> None:
+                bar.update(state.step - bar.n)
+                ess, log_z = float(state.ess.mean()), float(state.log_z.mean())
+                bar.set_postfix(ess=f"{ess:.1f}/{self.num_particles}", log_z=f"{log_z:.5g}")
+
+            result = self._filter.run(
+                model,
+                num_particles=self.num_particles,
+                num_chains=self.num_chains,
+                seed=seed,
+                records=self._records,
+                progress=progress,
+            )
+        log_z = result.log_z if model.has_density else torch.full_like(result.log_z, torch.nan)
+        pooled = result.w.log() + (log_z if model.has_density else torch.zeros_like(log_z))[:, None]
+        states = {name: result.particles[name] for name in program.latents}
+        ancestors = result.records.ancestors
+        self._finished = _Finished(
+            program=program,
+            model=model,
+            history=result.records,
+            seed=seed,
+            run=Run(
+                values=self._in_chunks(program.values, states),
+                log_w=pooled,
+                log_z=log_z,
+                ess=result.records.ess,
+                log_z_path=result.records.log_z,
+                roots=None if ancestors is None else surviving_roots(ancestors),
+                log_likelihood=self._in_chunks(program.pointwise, states),
+                observed=program.observed,
+            ),
+        )
+        if not model.has_density:
+            warnings.warn(
+                "the method's last step is a point mass, as published: the draws are the sampler's own and carry no "
+                "evidence. Give the prior variance='optimal', or take more than one particle, for an exact correction",
+                stacklevel=2,
+            )
+        return self
+
+    def get_samples(self, num_samples: int | None = None) -> dict[str, Tensor]:
+        """Equally weighted draws from the posterior, {site: (draws, *event)}: pooled over chains by their evidence.
+
+        Args:
+            num_samples: number of draws; as many as there are particles by default. Draws that come from one particle
+                are copies of each other, and stand next to each other.
+        """
+        run, seed = self._done.run, self._done.seed
+        count = num_samples or run.log_w.numel()
+        generator = torch.Generator(run.log_w.device).manual_seed(seed)
+        w = run.log_w.exp().flatten()
+        comb = (torch.arange(count, device=w.device) + torch.rand((), generator=generator, device=w.device)) / count
+        index = torch.searchsorted(w.cumsum(0), comb.to(w.dtype) * w.sum()).clamp(max=len(w) - 1)
+        return {name: value.flatten(0, 1)[index] for name, value in run.values.items()}
+
+    def weighted_samples(self) -> WeightedSamples:
+        """All particles with their pooled log-weights."""
+        run = self._done.run
+        return WeightedSamples(dict(run.values), run.log_w)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log p(y) of the program, pooled over chains: log of the mean of exp(log_z). 0-d, float64, in nats."""
+        log_z = self._done.run.log_z
+        return log_z.logsumexp(0) - log_z.new_tensor(len(log_z)).log()
+
+    @property
+    def log_evidence_per_chain(self) -> Tensor:
+        """log p(y) as each chain estimates it, (b,), float64, in nats. exp of it is unbiased, chain by chain."""
+        return self._done.run.log_z
+
+    @property
+    def posterior(self) -> Run:
+        """The run as plain tensors: particles, weights, evidence, pointwise log-likelihood."""
+        return self._done.run
+
+    @property
+    def records(self) -> History:
+        """What was kept of the steps: effective sample sizes, evidence, ancestors."""
+        return self._done.history
+
+    @property
+    def network_evaluations(self) -> tuple[int, int]:
+        """Evaluations of the denoisers forward and backward, counted per particle."""
+        count = self._done.model.evaluations
+        return count.forward, count.backward
+
+    def diagnostics(self) -> Diagnostics:
+        """Effective sample sizes, Pareto k-hat, surviving roots, evidence per chain, and a verdict with its reasons."""
+        from smcdiff.diagnostics.verdict import diagnose
+
+        return diagnose(self._done.run)
+
+    def summary(self) -> str:
+        """The diagnostics as text."""
+        return str(self.diagnostics())
+
+    def to_arviz(self) -> Any:
+        """The run as an ArviZ object: InferenceData on ArviZ 0.23, DataTree on ArviZ 1."""
+        from smcdiff.diagnostics.arviz import to_arviz
+
+        return to_arviz(self._done.run)
+
+    @property
+    def _done(self) -> _Finished:
+        if self._finished is None:
+            raise RuntimeError("this SMC has not run yet; call run with the program's arguments first")
+        return self._finished
+
+    def _in_chunks(self, function: Any, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``function`` of flattened particles, chunk by chunk, with the chains put back in front."""
+        flat = {name: state.flatten(0, 1) for name, state in states.items()}
+        total = self.num_chains * self.num_particles
+        size = self._max_batch or total
+        parts = [
+            function({name: state[start : start + size] for name, state in flat.items()})
+            for start in range(0, total, size)
+        ]
+        shape = (self.num_chains, self.num_particles)
+        return {name: torch.cat([part[name] for part in parts]).unflatten(0, shape) for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class _Finished:
+    program: Program
+    model: TwistedModel
+    history: History
+    seed: int
+    run: Run
+
+
