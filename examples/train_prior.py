@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from PIL import Image
 
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
+from smcdiff.images import read_image
 from smcdiff.training import Training
 from smcdiff.zoo.wafer import Wafer
 
@@ -30,20 +30,25 @@ def wafer_frames(size: int, number: int, seed: int) -> torch.Tensor:
 
 
 def folder_frames(folder: Path, only: str | None) -> torch.Tensor:
-    """Grey pictures of one size from a folder, sorted by name; ``only`` is a range of names such as 001-040."""
+    """Pictures of one size from a folder, sorted by name; ``only`` is a range of names such as 001-040."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".tif", ".tiff"))
     if only:
         first, last = only.split("-")
         files = [path for path in files if first <= path.stem <= last]
     if not files:
         raise SystemExit(f"no pictures to train on in {folder} (range {only}); expected PNG or TIFF files")
-    frames = np.stack([np.asarray(Image.open(path).convert("L"), dtype=np.float32) for path in files])
-    return torch.from_numpy(frames / 127.5 - 1)[:, None]
+    frames = [read_image(path) for path in files]
+    sizes = {tuple(frame.shape[1:]) for frame in frames}
+    if len(sizes) > 1:
+        raise SystemExit(f"got pictures of the sizes {sorted(sizes)} in {folder}; expected one size")
+    return torch.stack(frames)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="'wafer' for synthetic wafer pictures, or a folder of grey PNG or TIFF files")
+    parser.add_argument(
+        "data", help="'wafer' for synthetic wafer pictures, or a folder of pictures of one size (PNG, TIFF)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to save the pipeline in")
     parser.add_argument("--only", help="train on this range of file names alone, such as 001-040")
     parser.add_argument("--images", type=int, default=20_000, help="number of synthetic pictures")

@@ -5,9 +5,7 @@ A grey value v of a file becomes
     x = 2 v / white - 1,
 
 with ``white`` the largest value of the file's number format (255, 65535, 1 for floating point) unless it is given.
-Colours become grey by the luma 0.299 R + 0.587 G + 0.114 B of ITU-R BT.601; an alpha channel is dropped. A network
-with downsampling needs sides that divide by some number, so :func:`pad` continues a picture by reflection without
-repeating the border pixel (..., 2, 1, 0, 1, 2, ...) and says where the picture lies in it.
+Colours become grey by the luma 0.299 R + 0.587 G + 0.114 B of ITU-R BT.601; an alpha channel is dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["Crop", "ImageFileError", "pad", "read_image", "read_mask", "write_png"]
+__all__ = ["Crop", "ImageFileError", "read_image", "read_mask", "write_png"]
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -143,35 +141,6 @@ def write_png(path: Path | str, image: Tensor, low: float = -1.0, high: float = 
         )
     grey = ((image.detach().double().cpu() - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
     Image.fromarray(grey.reshape(image.shape[-2:]).numpy()).save(path, format="PNG")
-
-
-def pad(image: Tensor, multiple: int) -> tuple[Tensor, Crop]:
-    """Continue ``image`` (..., rows, columns) by reflection until both sides divide by ``multiple``.
-
-    The new pixels are shared out between the two ends.
-
-    Returns:
-        The larger picture, and the rectangle of it that is ``image``: ``crop.of(padded)`` takes it back.
-
-    Raises:
-        ValueError: for a multiple below 1.
-    """
-    if multiple < 1:
-        raise ValueError(f"got multiple {multiple}; expected at least 1")
-    rows, columns = image.shape[-2:]
-    row, top = _reflection(rows, multiple)
-    column, left = _reflection(columns, multiple)
-    padded = image.index_select(-2, row.to(image.device)).index_select(-1, column.to(image.device))
-    return padded, Crop(top, left, rows, columns)
-
-
-def _reflection(length: int, multiple: int) -> tuple[Tensor, int]:
-    """Which pixel stands at each place of the padded side, and where pixel 0 stands."""
-    padded = -(-length // multiple) * multiple
-    start = (padded - length) // 2
-    period = max(2 * (length - 1), 1)
-    place = (torch.arange(padded) - start) % period
-    return torch.minimum(place, period - place) if length > 1 else torch.zeros_like(place), start
 
 
 def _read(path: Path) -> tuple[NDArray[np.float64], float | None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smcdiff.images import Crop, ImageFileError, pad, read_image, read_mask, write_png
+from smcdiff.images import Crop, ImageFileError, read_image, read_mask, write_png
 
 
 def save_png16(path, values):
@@ -114,25 +114,6 @@ def test_written_and_read_back(tmp_path):
         write_png(tmp_path / "c.png", torch.zeros(3, 4, 4))
     with pytest.raises(ValueError, match="finite"):
         write_png(tmp_path / "c.png", torch.tensor([[float("nan")]]))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 8), (64, 64), (7, 100)])
-@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
-def test_padding_reflects_and_is_cut_back(shape, multiple):
-    image = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(0))
-    padded, crop = pad(image, multiple)
-    rows, columns = padded.shape[-2:]
-    assert rows % multiple == 0 and columns % multiple == 0
-    assert rows < shape[0] + multiple and columns < shape[1] + multiple
-    assert torch.equal(crop.of(padded), image)
-    below, right = rows - crop.top - shape[0], columns - crop.left - shape[1]
-    reference = np.pad(image.numpy(), ((0, 0), (0, 0), (crop.top, below), (crop.left, right)), mode="reflect")
-    assert np.array_equal(padded.numpy(), reference)
-
-
-def test_padding_needs_a_positive_multiple():
-    with pytest.raises(ValueError, match="at least 1"):
-        pad(torch.zeros(1, 2, 2), 0)
 
 
 def test_unusable_files_are_refused_with_the_reason(tmp_path, rng):

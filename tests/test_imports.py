@@ -18,33 +18,39 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smcdiff"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
+#: What a program with a diffusion prior is made of.
+CORE = {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "zoo"}
+
 #: Which part of the library may import which.
 PARTS: dict[str, set[str]] = {
     "smc": set(),
     "diffusion": set(),
     "measurement": set(),
     "images": set(),
+    "noise_level": set(),
     "training": set(),
     "zoo": {"diffusion"},
     "guidance": {"smc", "diffusion", "measurement"},
     "diagnostics": {"smc"},
-    "infer": {"smc", "diffusion", "measurement", "guidance", "diagnostics"},
-    "restore": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "zoo", "images"},
-    "cli": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "zoo", "images", "restore"},
-    "__init__": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "zoo"},
+    "infer": CORE - {"zoo"},
+    "__init__": CORE,
 }
+
+#: The jobs of the command line: each may import all of the above, and the jobs before it.
+JOBS = ["acquisition", "restore", "report", "demo", "cli"]
+PARTS |= {job: CORE | {"images", "noise_level", *JOBS[:position]} for position, job in enumerate(JOBS)}
 
 #: Other people's libraries, where not every module may import them: the modules or folders that may.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "arviz": ("diagnostics/arviz.py",),
     "xarray": ("diagnostics/arviz.py",),
-    "matplotlib": ("diagnostics/plots.py",),
+    "matplotlib": ("diagnostics/plots.py", "report.py"),
     "diffusers": ("diffusion/adapters/",),
     "safetensors": ("diffusion/adapters/",),
     "PIL": ("images.py",),
     "tqdm": ("infer.py", "training.py", "restore.py", "cli.py"),
-    "numpy": ("diffusion/", "diagnostics/", "zoo/", "images.py", "restore.py", "cli.py"),
-    "pyro": ("diffusion/", "measurement/", "guidance/", "infer.py", "restore.py"),
+    "numpy": ("diffusion/", "diagnostics/", "zoo/", "images.py", "restore.py", "demo.py", "cli.py"),
+    "pyro": ("diffusion/", "measurement/", "guidance/", "infer.py", "acquisition.py", "restore.py", "demo.py"),
     "torch": ("",),
 }
 
@@ -68,8 +74,12 @@ def violations(path: str, source: str) -> list[str]:
     for name in imports(source, ("smcdiff", *folders)):
         library, inner = name[0], name[1] if len(name) > 1 else ""
         if library == "smcdiff":
-            if inner != here and inner not in PARTS[here] and not (here == "__init__" and inner == "__version__"):
-                found.append(f"{path} imports {'.'.join(name)}: {here} may import {sorted(PARTS[here])}")
+            if (
+                inner != here
+                and inner not in PARTS.get(here, set())
+                and not (here == "__init__" and inner == "__version__")
+            ):
+                found.append(f"{path} imports {'.'.join(name)}: {here} may import {sorted(PARTS.get(here, set()))}")
         elif library not in sys.stdlib_module_names and not path.startswith(LIBRARIES.get(library, ())):
             found.append(f"{path} imports {library}: only {LIBRARIES.get(library, ())} may")
     return found

@@ -105,7 +105,8 @@ def to_arviz(run: Run, attributes: Attributes | None = None, seed: int = 0) -> A
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces version 1 when it is imported
         import arviz
     if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**datasets)
+        inference_data: Any = arviz.InferenceData
+        return inference_data(**datasets)
     return xr.DataTree.from_dict(datasets)
 
 

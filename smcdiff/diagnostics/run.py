@@ -87,7 +87,7 @@ class Run:
 
     def sd(self, site: str) -> Tensor:
         """(*event), the weighted standard deviation of a site over all chains."""
-        return self._average((self.values[site] - self.mean(site)).square()).sqrt()
+        return self._average((self.values[site].to(torch.float64) - self.mean(site)).square()).sqrt()
 
     def quantile(self, site: str, level: float) -> Tensor:
         """(*event), the smallest particle value whose cumulative weight over all chains reaches ``level``.

@@ -106,8 +106,8 @@ def diagnose(run: Run) -> Diagnostics:
     roots = None if run.roots is None else run.roots[-1]
     min_ess = float(run.ess.min())
     findings = [
-        *_about_weights(b, n, pooled, k_hat),
-        *_about_chains(n, spread, min_ess),
+        *_about_weights(b * n, pooled, k_hat),
+        *_about_chains(n, log_z, spread, min_ess),
         *_about_roots(n, roots),
     ]
     return Diagnostics(
@@ -125,8 +125,7 @@ def diagnose(run: Run) -> Diagnostics:
     )
 
 
-def _about_weights(b: int, n: int, pooled: float, k_hat: float) -> list[Finding]:
-    size = b * n
+def _about_weights(size: int, pooled: float, k_hat: float) -> list[Finding]:
     found = []
     if size > 1 and pooled < min(10.0, 0.5 * size):
         found.append(
@@ -147,8 +146,16 @@ def _about_weights(b: int, n: int, pooled: float, k_hat: float) -> list[Finding]
     return found
 
 
-def _about_chains(n: int, spread: float, min_ess: float) -> list[Finding]:
+def _about_chains(n: int, log_z: Tensor, spread: float, min_ess: float) -> list[Finding]:
     found = []
+    if bool(log_z.isnan().any()):
+        found.append(
+            Finding(
+                "doubtful",
+                "The method gives no weights and no evidence: its draws carry a bias of its own, not measured here.",
+                "Run it with a step that has a density and several particles, or compare with a weighted method.",
+            )
+        )
     if spread > 1:
         found.append(
             Finding(

@@ -84,9 +84,11 @@ class ReverseChain:
         mean = estimate.mean if self.clip is None else estimate.mean.clamp(*self.clip)
 
         def unfolded(part: Tensor | None) -> Tensor | None:
-            if part is None or not self.batch_shape or len(part) == 1:
-                return part
-            return part.reshape(len(x_t), *self.batch_shape, *part.shape[1:])
+            if part is None:
+                return None
+            shared = len(part) == 1  # one value for all events
+            shape = (1,) * (1 + len(self.batch_shape)) if shared else (len(x_t), *self.batch_shape)
+            return part.reshape(*shape, *part.shape[1:])
 
         variance, fraction = unfolded(estimate.variance), unfolded(estimate.fraction)
         return Estimate(mean.reshape(x_t.shape), variance, fraction)

@@ -68,7 +68,7 @@ class Gaussian:
         terms = (x - other.mean) ** 2 / other.variance - (x - self.mean) ** 2 / self.variance
         if self.variance is not other.variance:
             terms = terms + (other.variance / self.variance).log()
-        return 0.5 * terms.flatten(-event_dim).sum(-1, dtype=torch.float64)
+        return 0.5 * terms.reshape(*x.shape[: x.ndim - event_dim], -1).sum(-1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class DiffusionPrior(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, self.event_dim)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (immutable)
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """(*sample_shape, *batch_shape, *event_shape): draws of x_0."""
         shape = torch.Size(sample_shape)
         return self.chain.sample(shape.numel()).reshape(shape + self.chain.shape)
@@ -75,7 +75,7 @@ class DiffusionPrior(TorchDistribution):
             "posterior run smcdiff.SMC on the program, for the joint density of a path trace smcdiff.unroll(model)"
         )
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> DiffusionPrior:
+    def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: object = None) -> DiffusionPrior:
         """The prior of that many independent events."""
         return self._with(batch_shape=tuple(batch_shape))
 
@@ -102,14 +102,15 @@ class DiffusionPrior(TorchDistribution):
             raise ValueError(
                 f"got images of shape {tuple(images.shape)}; expected (number, *{tuple(chain.denoiser.event_shape)})"
             )
+        single = chain.expand(())
         images = images.to(chain.denoiser.device, chain.denoiser.dtype)
         generator = torch.Generator(images.device).manual_seed(seed)
         errors = []
         with torch.no_grad():
-            for level in chain.levels[1:]:
+            for k, level in enumerate(chain.levels[1:], start=1):
                 noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
                 noisy = level.alpha * images + level.sigma * noise
-                parts = [chain.denoiser(part, level).mean for part in noisy.split(batch)]
+                parts = [single.estimate(k, part).mean for part in noisy.split(batch)]
                 errors.append((torch.cat(parts) - images).double().square().mean())
         ratios = torch.tensor([level.ratio for level in chain.levels[1:]], dtype=torch.float64)
         denoiser = WithVariance(chain.denoiser, ratios, torch.stack(errors).cpu())
@@ -127,7 +128,7 @@ class DiffusionPrior(TorchDistribution):
         return DiffusionPrior(
             denoiser or chain.denoiser,
             chain.schedule,
-            num_steps or chain.num_steps,
+            chain.num_steps if num_steps is None else num_steps,
             chain.eta,
             variance=variance or chain.variance,
             grid=grid or chain.grid,

@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,7 @@ class Schedule(ABC):
         return (CLEAN, *(self.level(float(t)) for t in times))
 
     def _check(self, t: float) -> None:
-        if not self.t_min - 1e-9 <= t <= self.t_max + 1e-9:
+        if not self.t_min * (1 - 1e-9) <= t <= self.t_max * (1 + 1e-9):
             raise ValueError(f"got noise time {t}; expected 0 or a time in [{self.t_min}, {self.t_max}]")
 
 
@@ -131,7 +131,7 @@ class TabulatedSchedule(Schedule):
         ValueError: for a table that is not one-dimensional and falling within (0, 1).
     """
 
-    def __init__(self, alphas_cumprod: Sequence[float] | NDArray[np.float64]) -> None:
+    def __init__(self, alphas_cumprod: Sequence[float] | NDArray[np.floating[Any]]) -> None:
         table = np.asarray(alphas_cumprod, dtype=np.float64)
         if table.ndim != 1 or len(table) < 2 or not ((table > 0) & (table < 1)).all() or not (np.diff(table) < 0).all():
             raise ValueError(
@@ -258,7 +258,7 @@ class LinspaceGrid:
 
     def times(self, schedule: Schedule, num_steps: int) -> NDArray[np.float64]:
         ends = (schedule.t_min, schedule.t_max) if num_steps > 1 else (schedule.t_max, schedule.t_max)
-        return _rounded(schedule, np.linspace(*ends, num_steps))
+        return _rounded(schedule, np.linspace(*ends, num_steps), schedule.t_min)
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class LeadingGrid:
         gap = schedule.t_max / num_steps
         if schedule.num_train_steps:
             gap = schedule.num_train_steps // num_steps
-        return schedule.t_min + gap * np.arange(num_steps)
+        return np.asarray(schedule.t_min + gap * np.arange(num_steps), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,9 @@ class LogGrid:
         return np.array([schedule.time(math.exp(log)) for log in logs])
 
 
-def _rounded(schedule: Schedule, times: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.round(times) if schedule.num_train_steps else times
+def _rounded(schedule: Schedule, times: NDArray[np.float64], first: float = 0.0) -> NDArray[np.float64]:
+    """The nearest training steps, where the schedule has them; of two, that with ``times - first`` even."""
+    return np.round(times - first) + first if schedule.num_train_steps else times
 
 
 def _sqrt_sigmoid(x: float) -> float:

@@ -37,7 +37,7 @@ def noise_shape(fn: Distribution, name: str) -> torch.Size:
         )
     if isinstance(fn, MaskedDistribution | Independent):
         return noise_shape(fn.base_dist, name)
-    if isinstance(fn, TransformedDistribution):
+    if _is_pushed_forward(fn):
         return noise_shape(fn.base_dist, name)
     if not isinstance(fn, MultivariateNormal):
         try:
@@ -59,13 +59,18 @@ def from_standard_normal(fn: Distribution, z: Tensor) -> Tensor:
         return fn.loc + fn.scale * z
     if isinstance(fn, MultivariateNormal):
         return fn.loc + (fn.scale_tril @ z[..., None])[..., 0]
-    if isinstance(fn, TransformedDistribution):
+    if _is_pushed_forward(fn):
         value = from_standard_normal(fn.base_dist, z)
         for transform in fn.transforms:
             value = transform(value)
         return value
     limits = torch.finfo(z.dtype)
     return fn.icdf(torch.special.ndtr(z).clamp(limits.tiny, 1 - limits.eps))
+
+
+def _is_pushed_forward(fn: Distribution) -> bool:
+    """Whether a draw of ``fn`` is a one-to-one function of a draw of its base (that of HalfNormal, |z|, is not)."""
+    return isinstance(fn, TransformedDistribution) and all(transform.bijective for transform in fn.transforms)
 
 
 def _dtype(fn: Distribution) -> torch.dtype:

@@ -17,6 +17,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
@@ -43,6 +44,8 @@ def pointwise_log_prob(name: str, fn: Distribution, value: Tensor) -> Tensor:
 
 def not_gaussian(who: str, name: str, fn: Distribution) -> TypeError:
     """The error for a law that is not normal with independent entries where a method needs it."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
     return TypeError(
         f"{who} needs Gaussian noise; the observed site {name!r} has the law {type(fn).__name__}. Use "
         "sd.GaussianMeasurement or a Normal there, or sd.TDS with sd.PointTwist(), which takes any likelihood"
@@ -83,9 +86,11 @@ class Program:
             torch.manual_seed(0)
             trace = pyro.poutine.trace(_Probe()(model)).get_trace(*args, **self._kwargs)
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        plates = {name: site["fn"] for name, site in sites.items() if isinstance(site["fn"], _Subsample)}
+        sites = {name: site for name, site in sites.items() if name not in plates}
         laws = {name: site["fn"] for name, site in sites.items() if not site["is_observed"]}
-        for name, site in sites.items():
-            if isinstance(site["fn"], pyro.poutine.subsample_messenger._Subsample):
+        for name, plate in plates.items():
+            if plate.subsample_size is not None and plate.subsample_size < plate.size:
                 raise ValueError(
                     f"got the subsampled plate {name!r}; a likelihood of a random part of the data has random "
                     "weights. Use the plate without subsample_size"

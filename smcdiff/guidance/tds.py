@@ -43,7 +43,7 @@ class GuidedProposal:
             return step.p
         deviation = step.p.variance.sqrt() * step.gradient  # the shift in standard deviations of p
         if self.max_shift is not None:
-            size = deviation.flatten(1).square().mean(1).sqrt().reshape(-1, *(1,) * (deviation.ndim - 1))
+            size = deviation.reshape(len(deviation), -1).square().mean(1).sqrt().reshape(-1, *(1,) * (deviation.ndim - 1))
             deviation = deviation * (self.max_shift / size.clamp(min=self.max_shift))
         return Gaussian(step.p.mean + step.p.variance.sqrt() * deviation, step.p.variance)
 

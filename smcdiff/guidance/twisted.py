@@ -168,5 +168,5 @@ def _faults(particles: Particles) -> dict[str, Tensor]:
     for key, value in particles.items():
         site, _, part = key.rpartition("/")
         if site and part in named:
-            faults[named[part].format(site)] = ~torch.isfinite(value).flatten(1).all(1)
+            faults[named[part].format(site)] = ~torch.isfinite(value).flatten(1).all(1)  # over particles and event
     return faults

@@ -116,5 +116,5 @@ def _jacobian(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         for i in range(output.shape[1])
     ]
     return {
-        name: torch.stack([row[site].flatten(1) for row in rows], 1) for site, name in enumerate(inputs)
+        name: torch.stack([row[site].reshape(len(output), -1) for row in rows], 1) for site, name in enumerate(inputs)
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro.distributions import Delta
+from pyro.poutine import block
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 
@@ -28,7 +29,8 @@ def unroll(model: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def unrolled(*args: Any, **kwargs: Any) -> Any:
-        program = Program(model, args, kwargs)
+        with block():  # the program is looked at without the handlers that unrolled itself runs under
+            program = Program(model, args, kwargs)
         return _Unroll(program)(model)(*args, **kwargs)
 
     return unrolled

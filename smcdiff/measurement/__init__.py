@@ -1,0 +1,65 @@
+"""Measurement operators, and the noise laws of what they measure."""
+
+from smcdiff.measurement.blur import Blur, Circular, Padding, Zero
+from smcdiff.measurement.compose import (
+    Compose,
+    Composition,
+    Function,
+    LinearComposition,
+    LinearFunction,
+    as_linear,
+    as_operator,
+)
+from smcdiff.measurement.distributions import GaussianMeasurement, Measurement, PoissonMeasurement
+from smcdiff.measurement.fourier import FourierMagnitude, FourierSampling
+from smcdiff.measurement.linear import Downsample, Grey, Identity, Mask, Matrix, Select
+from smcdiff.measurement.noise import Moments, gaussian_moments, poisson_moments
+from smcdiff.measurement.operators import (
+    LinearOperator,
+    Operator,
+    SpectralOperator,
+    TransposeOperator,
+    require_linear,
+    require_svd,
+)
+from smcdiff.measurement.physics import LinearPhysics, Physics
+from smcdiff.measurement.radon import Radon
+from smcdiff.measurement.svd import SVD
+
+__all__ = [
+    "SVD",
+    "Blur",
+    "Circular",
+    "Compose",
+    "Composition",
+    "Downsample",
+    "FourierMagnitude",
+    "FourierSampling",
+    "Function",
+    "GaussianMeasurement",
+    "Grey",
+    "Identity",
+    "LinearComposition",
+    "LinearFunction",
+    "LinearOperator",
+    "LinearPhysics",
+    "Mask",
+    "Matrix",
+    "Measurement",
+    "Moments",
+    "Operator",
+    "Padding",
+    "Physics",
+    "PoissonMeasurement",
+    "Radon",
+    "Select",
+    "SpectralOperator",
+    "TransposeOperator",
+    "Zero",
+    "as_linear",
+    "as_operator",
+    "gaussian_moments",
+    "poisson_moments",
+    "require_linear",
+    "require_svd",
+]

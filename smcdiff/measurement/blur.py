@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from smcdiff.measurement.operators import SpectralOperator, broadcasts, require_finite
+from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
+from smcdiff.measurement.operators import SpectralOperator
 from smcdiff.measurement.svd import SVD, cut, hartley
 
 __all__ = ["Blur", "Circular", "Padding", "Zero"]
@@ -70,7 +71,8 @@ class Blur(SpectralOperator):
             )
         if not isinstance(self.padding, Circular | Zero):
             raise TypeError(f"got padding {self.padding!r}; expected Circular() or Zero()")
-        require_finite("kernel", kernel)
+        if is_validating():
+            require_finite("a kernel", kernel)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._convolve(x, adjoint=False)
@@ -112,9 +114,10 @@ class Blur(SpectralOperator):
         batch = self.kernel.shape[:-2]
         if x.ndim < 2 or (batch and not broadcasts(batch, x.shape[:-3])):
             raise ValueError(
-                f"got a kernel of shape {tuple(self.kernel.shape)} and x of shape {tuple(x.shape)}; expected x of shape "
-                "(*batch, channels, rows, columns) with a kernel of shape (rows, columns) or (*batch, rows, columns). "
-                "Take the channel out of a kernel of shape (1, rows, columns) with kernel[0]; expand x to a larger batch"
+                f"got a kernel of shape {tuple(self.kernel.shape)} and x of shape {tuple(x.shape)}; expected x of "
+                "shape (*batch, channels, rows, columns) with a kernel of shape (rows, columns) or (*batch, rows, "
+                "columns). Take the channel out of a kernel of shape (1, rows, columns) with kernel[0]; expand x for "
+                "a larger batch of kernels"
             )
         return x.shape[-2], x.shape[-1]
 

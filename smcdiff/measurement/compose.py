@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.measurement.operators import LinearOperator, Operator, TransposeOperator
-from smcdiff.measurement.physics import LinearPhysics, LinearPhysicsLike, Physics, PhysicsLike
+from smcdiff.measurement.physics import LinearPhysics, Physics, PhysicsLike, is_linear_physics
 
 __all__ = ["Compose", "Composition", "Function", "LinearComposition", "LinearFunction", "as_linear", "as_operator"]
 
@@ -56,7 +56,9 @@ def Compose(*operators: object) -> Operator:
     """
     made = tuple(as_operator(operator) for operator in operators)
     if not made:
-        raise ValueError("got no operator to compose; expected at least one, such as Compose(Downsample(2), Blur(kernel))")
+        raise ValueError(
+            "got no operator to compose; expected at least one, such as Compose(Downsample(2), Blur(kernel))"
+        )
     if len(made) == 1:
         return made[0]
     linear = tuple(operator for operator in made if isinstance(operator, LinearOperator))
@@ -100,7 +102,7 @@ class LinearFunction(TransposeOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         zero = y.new_zeros(y.shape[: y.ndim - self.measurement_dim] + torch.Size(self.event_shape))
-        _, pull_back = torch.func.vjp(self.function, zero)
+        pull_back = torch.func.vjp(self.function, zero)[1]
         return cast(Tensor, pull_back(y)[0])
 
 
@@ -112,7 +114,7 @@ def as_operator(operator: object) -> Operator:
     """
     if isinstance(operator, Operator):
         return operator
-    if isinstance(operator, LinearPhysicsLike):
+    if is_linear_physics(operator):
         return LinearPhysics(operator)
     if isinstance(operator, PhysicsLike):
         return Physics(operator)
@@ -138,14 +140,14 @@ def as_linear(operator: object, x: Tensor) -> LinearOperator:
     if isinstance(made, LinearOperator):
         return made
     generator = torch.Generator(x.device).manual_seed(0)
-    u, v = torch.randn((2, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
+    u, v = torch.randn((2, *x.shape), generator=generator, dtype=x.dtype, device=x.device).unbind()
     with torch.no_grad():
         zero, of_u, of_v, of_sum = made(torch.zeros_like(u)), made(u), made(v), made(3 * u - 2 * v)
     scale = 1e4 * torch.finfo(x.dtype).eps * float(of_u.abs().amax() + of_v.abs().amax())
     if float((of_sum - zero - 3 * (of_u - zero) + 2 * (of_v - zero)).abs().amax()) > scale:
         raise TypeError(
-            f"{type(made).__name__} is not linear: A(3u - 2v) differs from 3 A(u) - 2 A(v) by more than rounding; use a "
-            "method for any likelihood, such as TDS or DPS"
+            f"{type(made).__name__} is not linear: A(3u - 2v) differs from 3 A(u) - 2 A(v) by more than rounding; "
+            "use a method for any likelihood, such as TDS or DPS"
         )
     if float(zero.abs().amax()) > scale:
         raise TypeError(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from smcdiff.measurement.operators import SpectralOperator, broadcasts, require_finite
+from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
+from smcdiff.measurement.operators import SpectralOperator
 from smcdiff.measurement.svd import SVD, cut
 
-__all__ = ["Downsample", "Grey", "Identity", "Mask", "Matrix"]
+__all__ = ["Downsample", "Grey", "Identity", "Mask", "Matrix", "Select"]
 
 
 @final
@@ -44,21 +45,26 @@ class Matrix(SpectralOperator):
         event_shape: the shape of x, with d entries; None for events of shape (d,).
 
     Raises:
-        ValueError: for a matrix that is not two-dimensional, an event shape that has not d entries, NaN.
+        ValueError: for a matrix that is not two-dimensional or not floating-point, an event shape that has not d
+            entries, NaN.
     """
 
     matrix: Tensor
     event_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.matrix.ndim != 2:
-            raise ValueError(f"got a matrix of shape {tuple(self.matrix.shape)}; expected (m, d)")
+        if self.matrix.ndim != 2 or not self.matrix.is_floating_point():
+            raise ValueError(
+                f"got a matrix of shape {tuple(self.matrix.shape)} and dtype {self.matrix.dtype}; expected "
+                "floating-point values of shape (m, d)"
+            )
         if self._event.numel() != self.matrix.shape[1]:
             raise ValueError(
                 f"got event_shape {tuple(self._event)} with {self._event.numel()} entries and a matrix of shape "
                 f"{tuple(self.matrix.shape)}; expected one column per entry"
             )
-        require_finite("matrix", self.matrix)
+        if is_validating():
+            require_finite("a matrix", self.matrix)
 
     @property
     def _event(self) -> torch.Size:
@@ -111,11 +117,11 @@ class Matrix(SpectralOperator):
 class Mask(SpectralOperator):
     """y = m x, elementwise; y keeps the shape of x.
 
-    Where m = 0 the measurement is noise alone: it says nothing of x, and it does say something of an unknown noise
-    level. So fill such pixels with noise of that level, not with zeros, when the noise level is a latent.
+    Where m = 0 the measurement is noise alone: it says nothing of x, but it does say something of an unknown noise
+    level, and a zero filled in there would say that it is small. Use :class:`Select` when the noise level is a latent.
 
     Args:
-        mask: m, bool (True is seen) or real; broadcasts against x.
+        mask: m, bool (True is seen) or real; broadcasts to the shape of x.
 
     Raises:
         ValueError: for a mask that does not broadcast to the shape of x, NaN.
@@ -124,7 +130,8 @@ class Mask(SpectralOperator):
     mask: Tensor
 
     def __post_init__(self) -> None:
-        require_finite("mask", self.mask)
+        if is_validating():
+            require_finite("a mask", self.mask)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not broadcasts(self.mask.shape, x.shape):
@@ -147,6 +154,51 @@ class Mask(SpectralOperator):
             return y * mask.sign()
 
         return SVD(mask.abs(), _same, _same, sign, sign)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Select(SpectralOperator):
+    """y = the seen pixels of x in a row, for x of shape (..., *mask.shape); y is (..., number seen).
+
+    Args:
+        mask: bool, True is seen; of the shape of an event, or of its last dimensions.
+
+    Raises:
+        ValueError: for a mask that is not bool or sees nothing, or x of another shape.
+    """
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.ndim == 0 or not bool(self.mask.any()):
+            raise ValueError(
+                f"got a mask of shape {tuple(self.mask.shape)} and dtype {self.mask.dtype}; expected bool with at "
+                "least one True"
+            )
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return self.mask.flatten().nonzero().squeeze(-1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dim = self.mask.ndim
+        if x.shape[-dim:] != self.mask.shape:
+            raise ValueError(
+                f"got a mask of shape {tuple(self.mask.shape)} and x of shape {tuple(x.shape)}; expected a mask of the "
+                "shape of x, or of its last dimensions"
+            )
+        return x.flatten(-dim).index_select(-1, self._places)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        pixels = y.new_zeros(*y.shape[:-1], self.mask.numel()).index_copy(-1, self._places, y)
+        return pixels.unflatten(-1, self.mask.shape)
+
+    def input_shape(self, shape: torch.Size) -> torch.Size:
+        return shape[:-1] + self.mask.shape
+
+    def svd(self, x: Tensor) -> SVD:
+        return SVD(self.mask.to(x.dtype), _same, _same, self.adjoint, self)
 
 
 @final

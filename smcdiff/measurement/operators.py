@@ -13,9 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import final
 
-import pyro
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from smcdiff.measurement.svd import SVD
 
@@ -72,7 +70,7 @@ class SpectralOperator(LinearOperator):
     """A linear operator whose pseudo-inverse and proximal map come from its svd, where it has one."""
 
     @abstractmethod
-    def input_shape(self, shape: torch.Size) -> torch.Size:
+    def input_shape(self, shape: Size) -> Size:
         """The shape of the x that gives a y of this shape."""
 
     @final
@@ -134,19 +132,3 @@ def require_svd(operator: Operator, x: Tensor, wanted_by: str) -> SVD:
     if svd is None:
         raise lacks(linear, f"singular value decomposition, which {wanted_by} needs,")
     return svd
-
-
-def require_finite(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinite values, where Pyro's validation is on (under vmap it must be off).
-
-    Raises:
-        ValueError: for a value that is not finite.
-    """
-    if pyro.settings.get("validate_distributions_torch") and not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).sum())
-        raise ValueError(f"got a {name} with {bad} NaN or infinite values of {value.numel()}; expected finite numbers")
-
-
-def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a tensor of that shape can be expanded to the other, without enlarging it."""
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

@@ -2,19 +2,22 @@ r"""Foreign operators in the manner of ``deepinv.physics``: objects with ``A`` a
 
 Such an object takes x of shape (batch, channels, rows, columns). Here it gets any batch dimensions flattened into
 one, and a single event as a batch of one. It is recognised by its methods, so deepinv itself is not needed.
+
+Having ``A_adjoint`` does not make it linear: deepinv's phase retrieval, A(x) = |B x|^2, has the adjoint of B under that
+name. What sets deepinv's linear operators apart from its others, which all have ``A_vjp``, is ``A_adjoint_A``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, TypeGuard, final, runtime_checkable
 
 from torch import Tensor
 
 from smcdiff.measurement.operators import LinearOperator, Operator, lacks
 
-__all__ = ["LinearPhysics", "LinearPhysicsLike", "Physics", "PhysicsLike"]
+__all__ = ["LinearPhysics", "LinearPhysicsLike", "Physics", "PhysicsLike", "is_linear_physics"]
 
 
 @runtime_checkable
@@ -31,6 +34,11 @@ class LinearPhysicsLike(PhysicsLike, Protocol):
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """A^T y."""
+
+
+def is_linear_physics(physics: object) -> TypeGuard[LinearPhysicsLike]:
+    """Whether a physics object is a linear one."""
+    return isinstance(physics, LinearPhysicsLike) and (hasattr(physics, "A_adjoint_A") or not hasattr(physics, "A_vjp"))
 
 
 @final
@@ -53,7 +61,9 @@ class Physics(Operator):
 @final
 @dataclass(frozen=True, eq=False)
 class LinearPhysics(LinearOperator):
-    """y = A x of a linear physics object; its ``A_dagger`` and ``prox_l2``, where it has them, are trusted.
+    """y = A x of a linear physics object; its ``A_dagger`` and ``prox_l2``, where it has them, are used as they are.
+
+    In deepinv both are iterative for an operator without a closed form, by default to a relative tolerance of 1e-4.
 
     Args:
         physics: has ``A`` and ``A_adjoint``.
@@ -100,7 +110,7 @@ def _batched(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) ->
     """The function on x with its batch dimensions made one."""
     if x.ndim < event_dim:
         raise ValueError(
-            f"got a tensor of shape {tuple(x.shape)}; expected {event_dim} dimensions, with or without a batch on the left"
+            f"got a tensor of shape {tuple(x.shape)}; expected {event_dim} dimensions, or more with a batch on the left"
         )
     lead = x.shape[: x.ndim - event_dim]
     value = function(x.reshape(-1, *x.shape[len(lead) :]))

@@ -21,20 +21,22 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from smcdiff.smc import faults
-from smcdiff.smc.feynman_kac import FeynmanKac, Move, Particles
-from smcdiff.smc.records import History, Records, StepRecord, stack
+from smcdiff.smc.checkpoint import Checkpoint, Keeper
+from smcdiff.smc.feynman_kac import FeynmanKac, Particles
+from smcdiff.smc.records import History, Records, stack
 from smcdiff.smc.resampling import Resampler, Systematic
 from smcdiff.smc.state import FilterState
-from smcdiff.smc.weights import log_mean_exp, normalise, weigh
+from smcdiff.smc.steps import Steps
+from smcdiff.smc.weights import log_mean_exp, normalise
 
-__all__ = ["FilterResult", "ParticleFilter", "gather"]
+__all__ = ["FilterResult", "ParticleFilter"]
 
 #: How often at most a run's progress is read; every reading waits for the device once.
 _READINGS = 50
@@ -49,12 +51,14 @@ class FilterResult:
         log_w: their unnormalised log-weights since the chain's last resampling, (b, n), float64.
         log_z: log normalising constant of each chain, (b,), float64, in nats; exp(log_z) is unbiased.
         records: what was kept of the steps.
+        settings: the filter that made it.
     """
 
     particles: Particles
     log_w: Tensor
     log_z: Tensor
     records: History
+    settings: ParticleFilter
 
     @property
     def w(self) -> Tensor:
@@ -80,7 +84,7 @@ class ParticleFilter:
         ValueError: for a threshold outside [0, 1].
     """
 
-    resampler: Resampler = Systematic()
+    resampler: Resampler = field(default_factory=Systematic)
     ess_threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -97,6 +101,7 @@ class ParticleFilter:
         records: Records | None = None,
         progress: Callable[[FilterState], None] | None = None,
         start: FilterState | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> FilterResult:
         """Run the model to its last step.
 
@@ -108,11 +113,20 @@ class ParticleFilter:
             records: what to keep of the steps; by default ``Records()``.
             progress: called with the state some 50 times at most, after the faults were checked.
             start: a state to go on from, of a run with the same model and settings.
+            checkpoint: where to keep the state, and to go on from if something is kept there already; not with start.
 
         Raises:
+            CheckpointError: for a checkpoint of another run, or one that cannot be read or written.
             FilterError: if a chain had a fault, naming step, chains and remedy.
             ValueError: for numbers out of range, a move of wrong shape, or a start that does not fit.
         """
+        records = Records() if records is None else records
+        keeper = None
+        if checkpoint is not None:
+            if start is not None:
+                raise ValueError("got a start and a checkpoint; give one of them")
+            keeper = Keeper(checkpoint, self._identity(feynman_kac, num_particles, num_chains, seed, records))
+            start = keeper.start(feynman_kac.device)
         every = -(-feynman_kac.num_steps // _READINGS) or 1
         state = start
         for state in self.iterate(
@@ -126,6 +140,9 @@ class ParticleFilter:
             if progress is not None and (state.step % every == 0 or state.step == state.num_steps):
                 faults.check(state, feynman_kac)
                 progress(state)
+            if keeper is not None and keeper.due(state):
+                faults.check(state, feynman_kac)
+                keeper.keep(state)
         assert state is not None
         faults.check(state, feynman_kac)
         return FilterResult(
@@ -133,6 +150,7 @@ class ParticleFilter:
             log_w=state.log_w,
             log_z=state.log_z,
             records=stack(state.history, num_chains, num_particles),
+            settings=self,
         )
 
     def iterate(
@@ -154,126 +172,25 @@ class ParticleFilter:
         records = Records() if records is None else records
         if start is not None:
             _check_start(start, feynman_kac, records, num_particles, num_chains)
-        return self._states(_Run(self, feynman_kac, records), num_chains, num_particles, seed, start)
+        generator = torch.Generator(device=feynman_kac.device)
+        generator.manual_seed(seed)
+        steps = Steps(feynman_kac, lambda state, g: self.resampler(state.w, g), self.ess_threshold, records)
+        return steps.iterate(num_chains, num_particles, generator, start)
 
-    def _states(
-        self, run: _Run, num_chains: int, num_particles: int, seed: int, state: FilterState | None
-    ) -> Iterator[FilterState]:
-        generator = torch.Generator(device=run.feynman_kac.device)
-        if state is None:
-            generator.manual_seed(seed)
-            state = run.first(num_chains, num_particles, generator)
-            yield state
-        else:
-            generator.set_state(state.generator_state)
-        while state.step < state.num_steps:
-            state = run.next(state, generator)
-            yield state
-
-
-def gather(particles: Particles, ancestors: Tensor) -> Particles:
-    """All that the particles carry, entries (b, n, *event), taken from ``ancestors`` (b, m): entries (b, m, *event)."""
-    b, m = ancestors.shape
-    taken: Particles = {}
-    for name, value in particles.items():
-        index = ancestors + value.shape[1] * torch.arange(b, device=ancestors.device)[:, None]
-        taken[name] = value.flatten(0, 1).index_select(0, index.flatten()).reshape(b, m, *value.shape[2:])
-    return taken
-
-
-@dataclass(frozen=True)
-class _Resampled:
-    """Particles before a move, with what they bring along.
-
-    Args:
-        particles: entries (b, n, *event), gathered.
-        log_w: log-weights that stay, (b, n), zero in chains that were resampled.
-        log_z_settled: evidence up to the last resampling, (b,).
-        chains: which chains were resampled, (b,) of bool.
-        ancestors: (b, n), or None before the initial move.
-    """
-
-    particles: Particles
-    log_w: Tensor
-    log_z_settled: Tensor
-    chains: Tensor
-    ancestors: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The steps of one run: from a state to the next."""
-
-    settings: ParticleFilter
-    feynman_kac: FeynmanKac
-    records: Records
-
-    @torch.no_grad()
-    def first(self, num_chains: int, num_particles: int, generator: torch.Generator) -> FilterState:
-        """The state after the initial move."""
-        zero = torch.zeros((num_chains, num_particles), dtype=torch.float64, device=self.feynman_kac.device)
-        before = _Resampled({}, zero, zero[:, 0], torch.zeros_like(zero[:, 0], dtype=torch.bool), None)
-        move = self.feynman_kac.initial(num_chains, num_particles, generator)
-        return self._weighed(0, before, move, {}, (), generator)
-
-    @torch.no_grad()
-    def next(self, state: FilterState, generator: torch.Generator) -> FilterState:
-        """The state after one more step."""
-        before = self._resampled(state, generator)
-        move = self.feynman_kac.step(state.step + 1, before.particles, generator)
-        return self._weighed(state.step + 1, before, move, state.faults, state.history, generator)
-
-    def _resampled(self, state: FilterState, generator: torch.Generator) -> _Resampled:
-        threshold = self.settings.ess_threshold
-        identity = torch.arange(state.num_particles, device=state.w.device).expand(state.w.shape)
-        if threshold == 0:
-            none = torch.zeros_like(state.ess, dtype=torch.bool)
-            return _Resampled(state.particles, state.log_w, state.log_z_settled, none, identity)
-        chains = (
-            state.ess < threshold * state.num_particles
-            if threshold < 1
-            else torch.ones_like(state.ess, dtype=torch.bool)
-        )
-        ancestors = torch.where(chains[:, None], self.settings.resampler(state.w, generator), identity)
-        return _Resampled(
-            particles=gather(state.particles, ancestors),
-            log_w=state.log_w.masked_fill(chains[:, None], 0.0),
-            log_z_settled=torch.where(chains, state.log_z, state.log_z_settled),
-            chains=chains,
-            ancestors=ancestors,
-        )
-
-    def _weighed(
-        self,
-        step: int,
-        before: _Resampled,
-        move: Move,
-        known: Mapping[str, Tensor],
-        history: tuple[StepRecord, ...],
-        generator: torch.Generator,
-    ) -> FilterState:
-        """The state after a move: log_w += log_g, and faults put down."""
-        _check_move(step, move, before.log_w)
-        log_g = move.log_g.to(torch.float64)
-        zero = before.log_w == -torch.inf
-        bad = ~zero & ~(log_g < torch.inf)
-        log_w = torch.where(zero | bad, -torch.inf, before.log_w + log_g)
-        weighed = weigh(log_w)
-        flags = {faults.NOT_A_NUMBER: bad.any(-1), faults.ALL_ZERO: weighed.log_mean == -torch.inf}
-        state = FilterState(
-            step=step,
-            num_steps=self.feynman_kac.num_steps,
-            particles=move.particles,
-            log_w=log_w,
-            w=weighed.w,
-            ess=weighed.ess,
-            log_z=before.log_z_settled + weighed.log_mean,
-            log_z_settled=before.log_z_settled,
-            faults=faults.merge(known, step, {**move.faults, **flags}),
-            history=history,
-            generator_state=generator.get_state(),
-        )
-        return replace(state, history=(*history, self.records.step(state, before.chains, before.ancestors)))
+    def _identity(
+        self, feynman_kac: FeynmanKac, num_particles: int, num_chains: int, seed: int, records: Records
+    ) -> dict[str, str]:
+        """What a checkpoint must have in common with a run of this filter, besides its caller's words."""
+        return {
+            "filter": repr(self),
+            "model": f"{type(feynman_kac).__module__}.{type(feynman_kac).__qualname__}",
+            "steps": str(feynman_kac.num_steps),
+            "device": feynman_kac.device.type,
+            "particles": str(num_particles),
+            "chains": str(num_chains),
+            "seed": str(seed),
+            "records": f"ancestors {records.ancestors}, log_weights {records.log_weights}, {sorted(records.summaries)}",
+        }
 
 
 def _check_numbers(feynman_kac: FeynmanKac, num_particles: int, num_chains: int, seed: int) -> None:
@@ -297,21 +214,7 @@ def _check_start(
             f"got a start with (steps, chains, particles) = {got}; this run has {expected}: go on with the model and "
             "numbers that the start was made with, or leave start out"
         )
-    first, last = start.history[0], start.history[-1]
-    kept_ancestors = start.step == 0 or (last.ancestors is not None) == records.ancestors
-    if set(first.summaries) != set(records.summaries) or not kept_ancestors:
+    last = start.history[-1]
+    kept = (set(last.summaries), last.log_w is not None, start.step > 0 and last.ancestors is not None)
+    if kept != (set(records.summaries), records.log_weights, start.step > 0 and records.ancestors):
         raise ValueError("got a start that kept other records than this run's; give the Records of the run it is from")
-
-
-def _check_move(step: int, move: Move, log_w: Tensor) -> None:
-    shape = log_w.shape
-    for name, value, expected in (
-        ("log_g", move.log_g.shape, shape),
-        *((f"the particles' {name!r}", value.shape[:2], shape) for name, value in move.particles.items()),
-        *((f"the fault {name!r}", value.shape, shape[:1]) for name, value in move.faults.items()),
-    ):
-        if value != expected:
-            raise ValueError(
-                f"got {name} of shape {tuple(value)} from step {step} of the Feynman-Kac model; expected "
-                f"{tuple(expected)}, (chains, particles) first"
-            )

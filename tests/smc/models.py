@@ -113,6 +113,10 @@ class Bootstrap:
         x = particles["x"].to(torch.float64)
         return self._weigh(i, x @ self.model.F.T + self._noise(x.shape, self.model.Q, generator))
 
+    def log_potential(self, i: int, previous: Particles | None, current: Particles) -> Tensor:
+        """log p(y_i | x_i)."""
+        return normal_log_prob(self.model.y[i], current["x"] @ self.model.H.T, self.model.R)
+
     def log_transition(self, i: int, previous: Particles, current: Particles) -> Tensor:
         """log p(x_i | x_{i-1}); the potentials do not look back."""
         return normal_log_prob(current["x"], previous["x"] @ self.model.F.T, self.model.Q)
@@ -128,8 +132,48 @@ class Bootstrap:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """A guided filter with a proposal that is off on purpose, N(F x + 0.3, 1.5 Q): its potentials look back."""
+
+    model: LinearGaussian
+    device: torch.device = CPU
+
+    @property
+    def num_steps(self) -> int:
+        return self.model.num_steps
+
+    def _laws(self, i: int, previous: Particles | None) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of x_i under the model."""
+        return (self.model.m, self.model.P) if previous is None else (previous["x"] @ self.model.F.T, self.model.Q)
+
+    def _move(self, i: int, previous: Particles | None, shape: tuple[int, ...], generator: torch.Generator) -> Move:
+        mean, cov = self._laws(i, previous)
+        z = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = {"x": mean + 0.3 + z @ torch.linalg.cholesky(1.5 * cov).T}
+        return Move(x, self.log_potential(i, previous, x))
+
+    def initial(self, num_chains: int, num_particles: int, generator: torch.Generator) -> Move:
+        return self._move(0, None, (num_chains, num_particles, self.model.m.shape[0]), generator)
+
+    def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
+        return self._move(i, particles, tuple(particles["x"].shape), generator)
+
+    def log_potential(self, i: int, previous: Particles | None, current: Particles) -> Tensor:
+        mean, cov = self._laws(i, previous)
+        x = current["x"]
+        log_p = normal_log_prob(x, mean, cov) - normal_log_prob(x, mean + 0.3, 1.5 * cov)
+        return log_p + normal_log_prob(self.model.y[i], x @ self.model.H.T, self.model.R)
+
+    def log_transition(self, i: int, previous: Particles, current: Particles) -> Tensor:
+        return normal_log_prob(current["x"], previous["x"] @ self.model.F.T, self.model.Q)
+
+
+@dataclass(frozen=True)
 class OptimallyTwisted:
-    """The guided filter with psi_i(x) = p(y_i ... y_K | x) and its own proposal; psi travels with the particles."""
+    """The guided filter with psi_i(x) = p(y_i ... y_K | x) and its own proposal.
+
+    What divides out at the next step, p(y_{i+1} ... y_K | x_i), travels with the particles.
+    """
 
     model: LinearGaussian
     device: torch.device = CPU
@@ -164,17 +208,19 @@ class OptimallyTwisted:
 
     def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
         mean = particles["x"] @ self.model.F.T
-        return self._move(i, mean, self.model.Q, particles["log_psi"], generator)
+        return self._move(i, mean, self.model.Q, particles["log_ahead"], generator)
 
-    def _move(self, i: int, mean: Tensor, cov: Tensor, log_psi_before: Tensor, generator: torch.Generator) -> Move:
+    def _move(self, i: int, mean: Tensor, cov: Tensor, log_ahead: Tensor, generator: torch.Generator) -> Move:
         L, v, c = self.twists[i]
         q_cov = torch.linalg.inv(torch.linalg.inv(cov) + L)
         q_mean = (mean @ torch.linalg.inv(cov) + v) @ q_cov
         z = torch.randn(mean.shape, generator=generator, dtype=torch.float64)
         x = q_mean + z @ torch.linalg.cholesky(q_cov).T
         log_psi = c - 0.5 * ((x @ L) * x).sum(-1) + x @ v
-        log_g = normal_log_prob(x, mean, cov) - normal_log_prob(x, q_mean, q_cov) + log_psi - log_psi_before
-        return Move({"x": x, "log_psi": log_psi}, log_g)
+        log_g = normal_log_prob(x, mean, cov) - normal_log_prob(x, q_mean, q_cov) + log_psi - log_ahead
+        return Move(
+            {"x": x, "log_ahead": log_psi - normal_log_prob(self.model.y[i], x @ self.model.H.T, self.model.R)}, log_g
+        )
 
 
 @dataclass(frozen=True)
@@ -188,13 +234,16 @@ class HiddenMarkov:
 
     @classmethod
     def example(cls) -> HiddenMarkov:
-        """Three states, six steps, uneven on purpose: weights are informative at some steps and flat at others."""
+        """Three sticky states, six steps, uneven on purpose: a particle with a large weight tends to get more of it.
+
+        Without that correlation a filter that forgets its carried weights would have nearly no bias.
+        """
         return cls(
             start=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
-            transition=torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.1, 0.6]], dtype=torch.float64),
+            transition=torch.tensor([[0.85, 0.1, 0.05], [0.05, 0.85, 0.1], [0.1, 0.05, 0.85]], dtype=torch.float64),
             likelihood=torch.tensor(
-                [[0.9, 0.5, 0.1], [0.2, 0.9, 0.3], [0.6, 0.5, 0.7], [0.05, 0.3, 0.9], [0.5, 0.6, 0.5], [0.9, 0.1, 0.2],
-                 [0.3, 0.8, 0.1]],
+                [[0.9, 0.4, 0.2], [0.8, 0.5, 0.3], [0.9, 0.3, 0.4], [0.7, 0.3, 0.2], [0.5, 0.6, 0.2], [0.9, 0.4, 0.1],
+                 [0.8, 0.3, 0.2]],
                 dtype=torch.float64,
             ),
         )  # fmt: skip
