@@ -55,6 +55,7 @@ from smcdiff.measurement import (
     Matrix,
     PoissonMeasurement,
 )
+from smcdiff.moves import MarginalMH, ParticleGibbs
 from smcdiff.smc import FilterError, ParticleFilter, Records
 from smcdiff.zoo import load_prior
 
@@ -81,12 +82,14 @@ __all__ = [
     "LeadingGrid",
     "LinspaceGrid",
     "LogGrid",
+    "MarginalMH",
     "Mask",
     "Matrix",
     "NetworkDenoiser",
     "NoiseLevel",
     "ParticleFilter",
     "PointTwist",
+    "ParticleGibbs",
     "PoissonMeasurement",
     "Records",
     "ReverseChain",

@@ -58,6 +58,15 @@ class Gaussian:
         """mean + sqrt(variance) noise, with standard normal noise of the shape of ``mean``."""
         return self.mean if self.variance is None else self.mean + self.variance.sqrt() * noise
 
+    def log_prob(self, x: Tensor, event_dim: int) -> Tensor:
+        """log N(x; self), summed over the event in float64; of a point mass 0 at its mean and -inf elsewhere."""
+        shape = x.shape[: x.ndim - event_dim]
+        if self.variance is None:
+            there = torch.isclose(x, self.mean, rtol=1e-5, atol=1e-7).reshape(*shape, -1).all(-1)
+            return torch.where(there, 0.0, -torch.inf).double()
+        terms = (x - self.mean) ** 2 / self.variance + self.variance.log() + math.log(2 * math.pi)
+        return -0.5 * terms.reshape(*shape, -1).sum(-1, dtype=torch.float64)
+
     def log_density_ratio(self, other: Gaussian, x: Tensor, event_dim: int) -> Tensor:
         """log N(x; self) - log N(x; other), summed over the event in float64; other must have the same support.
 

@@ -73,6 +73,8 @@ class Program:
     Args:
         model: a Pyro program with at least one observed site.
         args, kwargs: what it is called with, measurements among them.
+        held: latents that stay where they are, {site: standard normal noise of each chain, (b, *shape)}; none of
+            them a diffusion prior. The evidence is then that of the program given their values.
 
     Raises:
         ValueError: for a program that observes nothing, a measurement that is not finite or of a shape that its law
@@ -80,8 +82,15 @@ class Program:
         UnmappablePrior: for a latent that is discrete or whose prior has no quantile function.
     """
 
-    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        held: dict[str, Tensor] | None = None,
+    ) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs or {}
+        self.held = held or {}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             trace = pyro.poutine.trace(_Probe()(model)).get_trace(*args, **self._kwargs)
@@ -115,6 +124,14 @@ class Program:
             for name, fn in laws.items()
         }
         self.num_steps = first.num_steps if first else 100
+        for name, value in self.held.items():
+            latent = self.latents.get(name)
+            if latent is None or latent.is_diffusion or value.shape[1:] != latent.chain.shape:
+                raise ValueError(
+                    f"got the latent {name!r} held at noise of shape {tuple(value.shape)}; expected (chains, *shape) "
+                    "for one of the latents that are not diffusion priors: "
+                    f"{ {n: tuple(known.chain.shape) for n, known in self.latents.items() if not known.is_diffusion} }"
+                )
 
     def log_prob(self, states: dict[str, Tensor], score: Score = pointwise_log_prob) -> Tensor:
         """log p(y given latents), shape (m,) of float64, or the sum of another ``score`` over the observed sites.

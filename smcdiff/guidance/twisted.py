@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.diffusion.denoiser import Estimate
+from smcdiff.diffusion.kernels import Gaussian
 from smcdiff.guidance.base import Method, Prediction, SiteStep
 from smcdiff.guidance.program import Program
 from smcdiff.smc.feynman_kac import Move, Particles
@@ -77,33 +78,62 @@ class TwistedModel:
         """x_T from N(0, (alpha_T^2 + sigma_T^2) I) and log psi_T."""
         x = {}
         for name, latent in self.program.latents.items():
-            shape = (num_chains, num_particles, *latent.chain.shape)
-            x[name] = latent.chain.initial_scale * self._noise(shape, generator)
+            noise = self._noise((num_chains, num_particles, *latent.chain.shape), generator)
+            held = self.program.held.get(name)
+            x[name] = latent.chain.initial_scale * noise if held is None else held[:, None].expand(noise.shape)
         particles, faults = self._evaluate(self.num_steps, x)
         return Move(particles, particles["log_psi"], faults)
 
     def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
         """x_s from q, and the incremental weight."""
-        k = self.num_steps + 1 - i
         b, n = particles["log_psi"].shape
         x, log_ratio = {}, torch.zeros(b * n, dtype=torch.float64, device=self.device)
-        for name, latent in self.program.latents.items():
-            here = {part: particles[key].flatten(0, 1) for part in _PARTS if (key := f"{name}/{part}") in particles}
-            x_t = particles[name].flatten(0, 1)
-            estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"))
-            p = latent.chain.transition(k, x_t, estimate)
-            q = self.method.proposal.q(SiteStep(latent.chain.step(k), x_t, estimate, p, here.get("gradient")))
+        for name, (p, q) in self._laws(i, particles).items():
             if q.variance is None and q is not p:  # a point mass other than the chain's own has no weight ...
                 if n > 1:
                     q = p  # ... so weighted particles keep to the chain,
                 else:
                     self.has_density = False  # and a single one, which needs no weight, goes without evidence
-            x_s = q.sample(self._noise(x_t.shape, generator))
+            x_s = q.sample(self._noise(p.mean.shape, generator))
             log_ratio = log_ratio + p.log_density_ratio(q, x_s, event_dim=x_s.ndim - 1)
             x[name] = x_s.unflatten(0, (b, n))
-        moved, faults = self._evaluate(k - 1, x)
+        moved, faults = self._evaluate(self.num_steps - i, x)
         log_g = log_ratio.reshape(b, n) + moved["log_psi"] - particles["log_psi"]
         return Move(moved, log_g, faults)
+
+    def log_potential(self, i: int, previous: Particles | None, current: Particles) -> Tensor:
+        """log G_i of given particles, as :meth:`step` reports it, (b, n); for conditional moves."""
+        if previous is None:
+            return current["log_psi"]
+        log_ratio = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for name, (p, q) in self._laws(i, previous).items():
+            x_s = current[name].flatten(0, 1)
+            log_ratio = log_ratio + p.log_density_ratio(q, x_s, event_dim=x_s.ndim - 1)
+        return log_ratio.reshape(current["log_psi"].shape) + current["log_psi"] - previous["log_psi"]
+
+    def log_transition(self, i: int, previous: Particles, current: Particles) -> Tensor:
+        """log p(x_s given x_t) - log psi_t(x_t), (b, n): all of a path's density that depends on x_t."""
+        log_p = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for name, (p, _) in self._laws(i, previous).items():
+            x_s = current[name].flatten(0, 1)
+            log_p = log_p + p.log_prob(x_s, event_dim=x_s.ndim - 1)
+        return log_p.reshape(previous["log_psi"].shape) - previous["log_psi"]
+
+    def _laws(self, i: int, particles: Particles) -> dict[str, tuple[Gaussian, Gaussian]]:
+        """p and q of filter step i for each latent, from what particles carry; particles and chains in one axis."""
+        k = self.num_steps + 1 - i
+        laws = {}
+        for name, latent in self.program.latents.items():
+            here = {part: particles[key].flatten(0, 1) for part in _PARTS if (key := f"{name}/{part}") in particles}
+            x_t = particles[name].flatten(0, 1)
+            if name in self.program.held:
+                p = q = Gaussian(x_t, None)
+            else:
+                estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"))
+                p = latent.chain.transition(k, x_t, estimate)
+                q = self.method.proposal.q(SiteStep(latent.chain.step(k), x_t, estimate, p, here.get("gradient")))
+            laws[name] = (p, q)
+        return laws
 
     def _evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:
         """All that particles at noise level k carry, and what went wrong in which chain."""
@@ -122,7 +152,10 @@ class TwistedModel:
         proposal = self.method.proposal
         with torch.enable_grad():
             x = {name: value.detach().requires_grad_() for name, value in x.items()}
-            estimates = {name: latent.chain.estimate(k, x[name]) for name, latent in self.program.latents.items()}
+            estimates = {
+                name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name])
+                for name, latent in self.program.latents.items()
+            }
             prediction = Prediction(self.program, k, x, estimates)
             log_psi = self.method.twist.log_psi(prediction)
             objective = proposal.objective(prediction, log_psi)
@@ -132,7 +165,7 @@ class TwistedModel:
                     objective.sum(), list(x.values()), allow_unused=True, materialize_grads=True
                 )
                 gradients = dict(zip(x, found, strict=True))
-        diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())
+        diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())  # these have networks
         self.evaluations.forward += diffusion * len(log_psi)
         self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
         carried: Particles = {"log_psi": log_psi.detach()}

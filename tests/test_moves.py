@@ -1,0 +1,156 @@
+"""Particle Gibbs and marginal Metropolis-Hastings leave the exact posterior invariant, for few particles."""
+
+from __future__ import annotations
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+
+import smcdiff as sd
+from smcdiff.guidance.program import Program
+from smcdiff.guidance.twisted import TwistedModel
+from smcdiff.smc.conditional import ConditionalSMC, Past
+from smcdiff.smc.resampling import Multinomial, Systematic
+from tests.guidance.exact import chain_density, chain_law
+
+F64 = torch.float64
+MEAN = torch.tensor([0.5, -0.5], dtype=F64)
+COVARIANCE = torch.tensor([[1.0, 0.3], [0.3, 0.8]], dtype=F64)
+A = torch.tensor([[1.0, 1.0]], dtype=F64)
+Y = torch.tensor([2.0], dtype=F64)
+SIGMA = 0.7
+#: 10 tests use it, so that all of them together fail by chance with probability below 1e-5.
+FALSE_ALARM = 1e-6
+
+
+def gaussian_prior(steps: int = 10) -> sd.DiffusionPrior:
+    denoiser = sd.GaussianDenoiser(MEAN, COVARIANCE)
+    return sd.DiffusionPrior(denoiser, sd.VPSchedule(), steps, variance="optimal", grid=sd.KarrasGrid())
+
+
+def mixture_prior(steps: int = 10) -> sd.DiffusionPrior:
+    denoiser = sd.GaussianMixtureDenoiser(
+        torch.tensor([[-2.0], [2.0]], dtype=F64), 0.4 * torch.eye(1, dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    )
+    return sd.DiffusionPrior(denoiser, sd.VPSchedule(), steps, variance="optimal", grid=sd.KarrasGrid())
+
+
+def gaussian_model(y=None):
+    x = pyro.sample("x", gaussian_prior())
+    return pyro.sample("y", dist.Normal(A @ x, SIGMA).to_event(1), obs=y)
+
+
+@functools.cache
+def exact_paths(number: int = 400):
+    """One path for each of ``number`` chains with the posterior's law: a path of a filter with n particles is off by
+    O(1 / n) only, and n = 1000 makes that invisible to ``number`` draws."""
+    kernel = sd.TDS(gaussian_model, sd.WidenedTwist(0.5))
+    model = TwistedModel(Program(kernel.model, (Y,)), kernel)
+    return model, ConditionalSMC().first(model, 1000, number, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    "moves",
+    [
+        ConditionalSMC(),
+        ConditionalSMC(ess_threshold=0.5, resampler=Systematic()),
+        ConditionalSMC(past=Past.BACKWARD_SAMPLED, resampler=Multinomial()),
+        ConditionalSMC(past=Past.TRACED),
+    ],
+    ids=["ancestor", "ancestor, systematic", "backward", "traced"],
+)
+def test_gaussian_posterior_is_invariant(n: int, moves: ConditionalSMC) -> None:
+    """Started from the posterior, x is still distributed as the posterior after eight sweeps with n particles: the
+    standardised coordinates are uniform under their normal law (Kolmogorov-Smirnov)."""
+    model, path = exact_paths()
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(8):
+        path = moves.update(model, path, n, generator)
+    x = path[-1]["x"][:, 0]
+    posterior, _ = chain_law(gaussian_prior(), MEAN, COVARIANCE).given(A, Y, SIGMA)
+    z = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(posterior.covariance), (x - posterior.mean).mT, upper=False
+    ).flatten()
+    assert scipy.stats.kstest(z.numpy(), "norm").pvalue > FALSE_ALARM
+
+
+def test_a_wrong_weight_would_be_seen() -> None:
+    """The same statistic rejects the law that too few particles without correction give."""
+    kernel = sd.TDS(gaussian_model, sd.WidenedTwist(0.5))
+    smc = sd.SMC(kernel, num_particles=2, num_chains=400, seed=0, progress=False).run(Y)
+    x = smc.posterior.values["x"][:, 0]  # a particle taken without its weight
+    posterior, _ = chain_law(gaussian_prior(), MEAN, COVARIANCE).given(A, Y, SIGMA)
+    z = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(posterior.covariance), (x - posterior.mean).mT, upper=False
+    ).flatten()
+    assert scipy.stats.kstest(z.numpy(), "norm").pvalue < FALSE_ALARM
+
+
+def test_sweeps_mend_a_poor_run_on_a_mixture() -> None:
+    """A bootstrap filter with 4 particles finds the modes' weights only by many sweeps of particle Gibbs."""
+    prior = mixture_prior()
+    y = torch.tensor([-1.0], dtype=F64)
+
+    def model(y=None):
+        x = pyro.sample("x", prior)
+        return pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    grid = torch.linspace(-7, 7, 801, dtype=F64)
+    joint = chain_density(prior, grid) * dist.Normal(grid, 1.0).log_prob(y).exp()
+    exact = float(joint[grid < 0].sum() / joint.sum())
+
+    def left_share(sweeps: int, warmup: int) -> tuple[float, float]:
+        kernel = sd.Bootstrap(model)
+        run = sd.ParticleGibbs(kernel, 4, sweeps, 200, warmup=warmup, seed=1, progress=False).run(y)
+        left = (run.get_samples(group_by_chain=True)["x"][..., 0] < 0).double().mean(1)
+        return float(left.mean()), float(left.std()) / 200**0.5
+
+    mean, error = left_share(sweeps=30, warmup=10)
+    assert error < 0.02
+    assert abs(mean - exact) < 5 * error, (mean, exact, error)  # 5 standard errors over independent chains
+    poor = sd.SMC(sd.Bootstrap(model), num_particles=4, num_chains=4000, seed=2, progress=False).run(y)
+    run = poor.posterior
+    share = (run.within_chain_log_w.exp() * (run.values["x"][..., 0] < 0)).sum(1)
+    assert abs(float(share.mean()) - exact) > 5 * float(share.std()) / 4000**0.5  # one filter of 4 alone is off
+
+
+def test_marginal_metropolis_on_a_noise_level() -> None:
+    """The noise level's posterior, against quadrature, with filters of 12 particles; the picture comes along."""
+    law = chain_law(gaussian_prior(), MEAN, COVARIANCE)
+    y = torch.tensor([2.0, -0.5, 0.4, 1.0], dtype=F64)
+    rows = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, -1.0]], dtype=F64)
+
+    def model(y=None):
+        x = pyro.sample("x", gaussian_prior())
+        sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(0.0, dtype=F64), 0.5))
+        return pyro.sample("y", dist.Normal(rows @ x, sigma).to_event(1), obs=y)
+
+    grid = torch.linspace(-6, 6, 1201, dtype=F64)
+    terms = [law.given(rows, y, float(s)) for s in torch.exp(0.5 * grid)]
+    weight = torch.exp(-0.5 * grid**2 + torch.tensor([log_z for _, log_z in terms], dtype=F64))
+    exact_sigma = float((weight * torch.exp(0.5 * grid)).sum() / weight.sum())
+    exact_x = (weight[:, None] * torch.stack([posterior.mean for posterior, _ in terms])).sum(0) / weight.sum()
+
+    kernel = sd.TDS(model, sd.TweedieTwist())
+    run = sd.MarginalMH(kernel, ["sigma"], 12, 80, 48, warmup=15, step_size=1.0, seed=0, progress=False).run(y)
+    draws = run.get_samples(group_by_chain=True)
+    assert run.acceptance is not None and 0.2 < float(run.acceptance.mean()) < 0.9
+    for got, exact in ((draws["sigma"][..., None], torch.tensor([exact_sigma])), (draws["x"], exact_x)):
+        means = got.mean(1)
+        error = means.std(0) / 48**0.5
+        assert bool((error < 0.06).all())
+        assert bool(((means.mean(0) - exact).abs() < 5 * error).all()), (means.mean(0), exact, error)
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sites \['x'\] to move.*latents \[\]"):
+        sd.MarginalMH(sd.TDS(gaussian_model), ["x"], 4, 2, progress=False).run(Y)
+    with pytest.raises(ValueError, match="num_particles 1"):
+        sd.ParticleGibbs(sd.TDS(gaussian_model), 1, 2)
+    with pytest.raises(RuntimeError, match="not run yet"):
+        sd.ParticleGibbs(sd.TDS(gaussian_model), 2, 2).get_samples()
