@@ -42,6 +42,7 @@ from smcdiff.guidance.bootstrap import Bootstrap
 from smcdiff.guidance.dps import DPS
 from smcdiff.guidance.latents import UnmappablePrior
 from smcdiff.guidance.tds import TDS
+from smcdiff.guidance.tempered import TemperedTwist, tempered
 from smcdiff.guidance.twists import PointTwist, TweedieTwist, WidenedTwist
 from smcdiff.guidance.unroll import unroll
 from smcdiff.infer import SMC, WeightedSamples
@@ -96,6 +97,7 @@ __all__ = [
     "SMC",
     "TDS",
     "TabulatedSchedule",
+    "TemperedTwist",
     "TrailingGrid",
     "TweedieTwist",
     "UnmappablePrior",
@@ -109,5 +111,6 @@ __all__ = [
     "from_flow",
     "from_velocity",
     "load_prior",
+    "tempered",
     "unroll",
 ]
