@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,16 @@ from smcdiff.guidance.base import Method
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
 from smcdiff.smc import FilterState, History, ParticleFilter, Records
+from smcdiff.smc.checkpoint import Checkpoint
 from smcdiff.smc.genealogy import surviving_roots
 
 if TYPE_CHECKING:
     from smcdiff.diagnostics.verdict import Diagnostics
 
 __all__ = ["SMC", "WeightedSamples"]
+
+#: Seconds between two checkpoints of a run.
+CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,11 @@ class SMC:
         seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets.
         records: what to keep of the steps.
         progress: show a progress bar.
+        checkpoint: a file to keep the run in, once a minute; if the same run is kept there already, it goes on from
+            where it stood, to the same result. Needs a seed.
 
     Raises:
-        ValueError: for numbers of particles or chains below 1.
+        ValueError: for numbers of particles or chains below 1, or a checkpoint without a seed.
     """
 
     def __init__(
@@ -65,13 +72,16 @@ class SMC:
         seed: int | None = None,
         records: Records = Records(),  # noqa: B008 (immutable)
         progress: bool = True,
+        checkpoint: Path | str | None = None,
     ) -> None:
+        if checkpoint is not None and seed is None:
+            raise ValueError("got a checkpoint without a seed; a run can only be continued if its seed is known")
         for name, value in (("num_particles", num_particles), ("num_chains", num_chains)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"got {name} {value!r}; expected an integer of at least 1")
         self.kernel, self.num_particles, self.num_chains = kernel, num_particles, num_chains
         self._filter, self._max_batch, self._seed, self._records = filter, max_batch, seed, records
-        self._progress = progress
+        self._progress, self._checkpoint = progress, checkpoint
         self._finished: _Finished | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> SMC:
@@ -98,6 +108,7 @@ class SMC:
                 seed=seed,
                 records=self._records,
                 progress=progress,
+                checkpoint=self._kept(program),
             )
         log_z = result.log_z if model.has_density else torch.full_like(result.log_z, torch.nan)
         pooled = result.w.log() + (log_z if model.has_density else torch.zeros_like(log_z))[:, None]
@@ -189,6 +200,13 @@ class SMC:
         from smcdiff.diagnostics.arviz import to_arviz
 
         return to_arviz(self._done.run)
+
+    def _kept(self, program: Program) -> Checkpoint | None:
+        if self._checkpoint is None:
+            return None
+        method = {f.name: repr(getattr(self.kernel, f.name)) for f in fields(self.kernel) if f.name != "model"}  # type: ignore[arg-type]
+        identity = {"method": f"{type(self.kernel).__name__} {method}", **program.identity()}
+        return Checkpoint(self._checkpoint, identity, every_seconds=CHECKPOINT_SECONDS)
 
     @property
     def _done(self) -> _Finished:

@@ -188,6 +188,26 @@ class Program:
         """The latents and deterministic sites in the program's own units: {site: (m, *event)}."""
         return self._map(lambda state: self._run(state, pointwise_log_prob).values, states)
 
+    def identity(self) -> dict[str, str]:
+        """What a run's result depends on, in words, for the checkpoint of a run: numbers that the program gives at
+        fixed states, so that a change of operator, noise law, prior, network or measurement shows in them."""
+        generator = torch.Generator().manual_seed(0)
+        states, sites = {}, []
+        for name, latent in self.latents.items():
+            chain = latent.chain
+            noise = torch.randn((1, *chain.shape), generator=generator, dtype=torch.float64)
+            noise = noise.to(self.device, self.dtype)
+            with torch.no_grad():
+                top, bottom = (chain.estimate(k, chain.levels[k].sigma * noise).mean for k in (chain.num_steps, 1))
+            states[name] = top + 0.1 * noise
+            settings = f"{chain.num_steps} steps, eta {chain.eta}, {chain.variance} variance, clip {chain.clip}"
+            shown = f"x0_hat {float(top.double().sum()):.5g}, {float(bottom.double().sum()):.5g}"
+            sites.append(f"{name} {tuple(chain.shape)}: {settings}, {shown}")
+        data = [f"{name} {tuple(y.shape)}: {float(y.double().sum()):.8g}" for name, y in self.observed.items()]
+        with torch.no_grad():
+            likelihood = f"{float(self.log_prob(states)):.6g}"
+        return {"latents": "; ".join(sites), "measurement": "; ".join(data), "likelihood at a fixed state": likelihood}
+
     def _run(self, state: dict[str, Tensor], score: Score) -> _Fill:
         fill = _Fill(state, score)
         with pyro.validation_enabled(False):

@@ -1,0 +1,86 @@
+"""The front door: checkpoints of a program's run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import smcdiff as sd
+from smcdiff.smc.checkpoint import CheckpointError
+
+F64 = torch.float64
+Y = torch.tensor([0.5, -0.2], dtype=F64)
+
+
+class Interrupted(Exception):
+    """In place of a power cut."""
+
+
+class Network(torch.nn.Module):
+    """A denoiser's network that fails at its ``last`` call."""
+
+    def __init__(self, last: int | None = None, gain: float = 0.5) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=F64))
+        self.calls, self.last = 0, last
+
+    def forward(self, x: torch.Tensor, index: float) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.last:
+            raise Interrupted
+        return self.gain * x
+
+
+def smc(path: Path, network: Network, sigma: float = 0.5, seed: int = 3, **options) -> sd.SMC:
+    prior = sd.DiffusionPrior(sd.NetworkDenoiser(network, (2,), sd.from_clean), sd.VPSchedule(), 30)
+
+    def model(y=None):
+        x = pyro.sample("x", prior)
+        return pyro.sample("y", dist.Normal(x, sigma).to_event(1), obs=y)
+
+    return sd.SMC(sd.TDS(model, **options), 8, 2, seed=seed, progress=False, checkpoint=path)
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smcdiff.infer.CHECKPOINT_SECONDS", 1e-9)  # at every step
+    whole = smc(tmp_path / "whole.pt", Network()).run(Y)
+    path = tmp_path / "cut.pt"
+    with pytest.raises(Interrupted):
+        smc(path, Network(last=20)).run(Y)
+    network = Network()
+    resumed = smc(path, network).run(Y)
+    assert network.calls < 30  # it did go on, and did not start anew
+    assert torch.equal(resumed.weighted_samples().values["x"], whole.weighted_samples().values["x"])
+    assert torch.equal(resumed.log_evidence_per_chain, whole.log_evidence_per_chain)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"sigma": 0.6}, "likelihood"),
+        ({"seed": 4}, "seed"),
+        ({"network": Network(gain=0.4)}, "latents"),
+        ({"max_shift": 1.0}, "method"),
+    ],
+)
+def test_another_run_is_refused_with_the_reason(tmp_path: Path, change: dict, word: str) -> None:
+    path = tmp_path / "run.pt"
+    smc(path, Network()).run(Y)
+    with pytest.raises(CheckpointError, match=f"another run.*{word}"):
+        smc(path, **{"network": Network(), **change}).run(Y)
+
+
+def test_another_measurement_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    smc(path, Network()).run(Y)
+    with pytest.raises(CheckpointError, match="another run.*measurement"):
+        smc(path, Network()).run(Y + 0.1)
+
+
+def test_a_checkpoint_needs_a_seed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without a seed"):
+        sd.SMC(sd.TDS(lambda: None), 2, checkpoint=tmp_path / "run.pt")
