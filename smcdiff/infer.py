@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from smcdiff.diagnostics.run import Run
 from smcdiff.guidance.base import Method
+from smcdiff.guidance.batching import pick_max_batch
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
 from smcdiff.smc import FilterState, History, ParticleFilter, Records
@@ -49,8 +50,8 @@ class SMC:
         num_particles: n, particles of one chain, resampled among each other.
         num_chains: b, independent particle systems; pooled by their evidence.
         filter: how particles are resampled, and when.
-        max_batch: largest number of particles put through the network at once; None puts all b n of them. The result
-            does not depend on it.
+        max_batch: largest number of particles put through the network at once; None takes what fits into half of the
+            free memory. The result does not depend on it.
         seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets.
         records: what to keep of the steps.
         progress: show a progress bar.
@@ -92,7 +93,8 @@ class SMC:
             FilterError: for a run whose result cannot stand, naming step, chain, fault and remedy.
         """
         program = Program(self.kernel.model, args, kwargs)
-        model = TwistedModel(program, self.kernel, self._max_batch)
+        max_batch = pick_max_batch(program, self.kernel) if self._max_batch is None else self._max_batch
+        model = TwistedModel(program, self.kernel, max_batch)
         seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         with tqdm(total=program.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
 

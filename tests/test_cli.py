@@ -181,14 +181,6 @@ def test_restore_with_a_network_of_ones_own(folder, picture, tmp_path, capsys, a
     assert posterior.attrs["seed"] == 0 and posterior.attrs["steps"] == 3
 
 
-def test_the_same_seed_gives_the_same_pictures(white_noise_prior, picture, tmp_path):
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        arguments = ["--crop", "0,0,4,4", "--sigma", "0.2", "--out", str(tmp_path / name), "--seed", seed, *SMALL]
-        assert main(["restore", str(picture), *arguments]) == 0
-    means = [np.asarray(Image.open(tmp_path / name / "draws.png")) for name in "abc"]
-    assert np.array_equal(means[0], means[1]) and not np.array_equal(means[0], means[2])
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "smcdiff"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: What a program with a diffusion prior is made of.
-CORE = {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "zoo"}
+CORE = {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "moves", "state_space", "zoo"}
 
 #: Which part of the library may import which.
 PARTS: dict[str, set[str]] = {
@@ -32,7 +32,9 @@ PARTS: dict[str, set[str]] = {
     "zoo": {"diffusion"},
     "guidance": {"smc", "diffusion", "measurement"},
     "diagnostics": {"smc"},
-    "infer": CORE - {"zoo"},
+    "infer": {"smc", "diffusion", "measurement", "guidance", "diagnostics"},
+    "moves": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer"},
+    "state_space": {"smc"},
     "__init__": CORE,
 }
 
@@ -48,9 +50,19 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "diffusers": ("diffusion/adapters/",),
     "safetensors": ("diffusion/adapters/",),
     "PIL": ("images.py",),
-    "tqdm": ("infer.py", "training.py", "restore.py", "cli.py"),
+    "tqdm": ("infer.py", "moves.py", "training.py", "restore.py", "cli.py"),
     "numpy": ("diffusion/", "diagnostics/", "zoo/", "images.py", "restore.py", "demo.py", "cli.py"),
-    "pyro": ("diffusion/", "measurement/", "guidance/", "infer.py", "acquisition.py", "restore.py", "demo.py"),
+    "pyro": (
+        "diffusion/",
+        "measurement/",
+        "guidance/",
+        "infer.py",
+        "moves.py",
+        "state_space.py",
+        "acquisition.py",
+        "restore.py",
+        "demo.py",
+    ),
     "torch": ("",),
 }
 

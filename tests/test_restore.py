@@ -178,6 +178,15 @@ def test_gaussian_psf():
         gaussian_psf(0.0)
 
 
+def test_the_same_seed_gives_the_same_particles():
+    runs = []
+    for seed in (1, 1, 2):
+        job = prepare(torch.zeros(1, 2, 2).double(), sharp(Noise(0.5, width=0.3)), load, Effort(4, 2, 5, seed))
+        runs.append(job.run(progress=False).run)
+    assert torch.equal(runs[0].values["x"], runs[1].values["x"]) and torch.equal(runs[0].log_w, runs[1].log_w)
+    assert not torch.equal(runs[0].values["x"], runs[2].values["x"])
+
+
 def test_draws_follow_the_weights_and_intervals_the_quantiles():
     job = prepare(torch.zeros(1, 2, 2).double(), sharp(Noise(0.5)), load, Effort(8, 4, 10))
     result = job.run(progress=False)

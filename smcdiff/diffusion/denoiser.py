@@ -111,6 +111,8 @@ class NetworkDenoiser:
             variance-preserving schedules.
         learned_variance: the network's output has a second half of channels, v in [-1, 1] (2102.09672, eq. 15).
         dtype, device: of events; by default those of the network's first parameter.
+        autocast: a lower precision for the network's own arithmetic, such as torch.bfloat16; events, densities and
+            weights keep theirs. None for no change.
 
     Raises:
         ValueError: for a network without parameters when dtype and device are not given, or, at the call, for an
@@ -126,6 +128,7 @@ class NetworkDenoiser:
         learned_variance: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         first = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
         if first is None and (dtype is None or device is None):
@@ -135,11 +138,13 @@ class NetworkDenoiser:
         self.parametrisation = parametrisation
         self.time = time
         self.learned_variance = learned_variance
+        self.autocast = autocast
         self.dtype = dtype or first.dtype  # type: ignore[union-attr]
         self.device = device or first.device  # type: ignore[union-attr]
 
     def __call__(self, x_t: Tensor, level: NoiseLevel) -> Estimate:
-        output = self.network(x_t, self.time(level))
+        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.network(x_t, self.time(level)).to(x_t.dtype)
         channels = self.event_shape[0] * (2 if self.learned_variance else 1)
         expected = (len(x_t), channels, *self.event_shape[1:])
         if tuple(output.shape) != expected:

@@ -30,7 +30,7 @@ from smcdiff.smc import faults
 from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, _versions, load, save
 from smcdiff.smc.feynman_kac import FeynmanKac, Particles
 from smcdiff.smc.particle_filter import FilterResult, ParticleFilter
-from smcdiff.smc.ranks import RankError, Ranks
+from smcdiff.smc.ranks import Ranks
 from smcdiff.smc.records import History, Records, stack
 from smcdiff.smc.sharding import Placed, Shards, derive_seed
 from smcdiff.smc.state import FilterState
@@ -137,13 +137,14 @@ class ChainsOverRanks:
             ValueError: for numbers out of range.
         """
         records = Records() if records is None else records
+        words = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
+        words["spread over ranks"] = "chains"
         with Ranks.open(self.time_limit, feynman_kac.device) as ranks:
-            b = _share(num_chains, ranks, "num_chains")
-            own = derive_seed(_checked(seed), f"rank {ranks.rank}")
+            b = _begin(words, num_chains, "num_chains", seed, ranks)
+            own = derive_seed(seed, f"rank {ranks.rank}")
             saver, start = None, None
             if checkpoint is not None:
-                identity = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
-                saver = _Saver(checkpoint, {**identity, "spread over ranks": "chains"}, ranks)
+                saver = _Saver(checkpoint, words, ranks)
                 start = saver.start(feynman_kac.device)
             states = self.filter.iterate(
                 feynman_kac, num_particles=num_particles, num_chains=b, seed=own, records=records, start=start
@@ -167,7 +168,7 @@ class ParticlesOverRanks:
     """A particle filter whose particles are sharded over the ranks, n / R of each chain on each.
 
     All ranks compute the same weights and ancestors, so their devices must be of one kind, with the same version of
-    torch; a difference is found at the next meeting, and is an error.
+    torch; a difference in the ancestors is an error.
 
     Args:
         filter: resampler and threshold.
@@ -212,14 +213,15 @@ class ParticlesOverRanks:
                 f"got the summaries {sorted(records.summaries)}; a rank sees its own particles alone, so summaries of "
                 "a step are not kept when particles are sharded: use progress, or ChainsOverRanks"
             )
+        words = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
+        words["spread over ranks"] = "particles"
         with Ranks.open(self.time_limit, feynman_kac.device) as ranks:
-            _share(num_particles, ranks, "num_particles")
-            shards = Shards(feynman_kac, ranks, _checked(seed))
+            _begin(words, num_particles, "num_particles", seed, ranks)
+            shards = Shards(feynman_kac, ranks, seed)
             records = replace(records, summaries={"moved": lambda state: shards.moved})
             saver, start = None, None
             if checkpoint is not None:
-                identity = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
-                saver = _Saver(checkpoint, {**identity, "spread over ranks": "particles"}, ranks)
+                saver = _Saver(checkpoint, words, ranks)
                 kept = saver.start(feynman_kac.device)
                 start = None if kept is None else shards.go_on(kept)
             placed = replace(self.filter, resampler=Placed(self.filter.resampler, ranks.count))
@@ -231,7 +233,7 @@ class ParticlesOverRanks:
                 records=records,
                 start=start,
             )
-            views = _Views(show=shards.with_particles, keep=shards.to_keep, is_shared=True)
+            views = _Views(show=shards.with_particles, keep=shards.to_keep)
             state = _drive(states, start, feynman_kac, ranks, saver, views, progress)
             history = stack(state.history, num_chains, num_particles)
             return ParticlesResult(
@@ -248,11 +250,10 @@ class ParticlesOverRanks:
 
 @dataclass(frozen=True)
 class _Views:
-    """How a state is shown and kept, and whether every rank has the same one."""
+    """How a rank's state is shown and kept."""
 
     show: Callable[[FilterState], FilterState] = lambda state: state
     keep: Callable[[FilterState], FilterState] = lambda state: state
-    is_shared: bool = False
 
 
 def _drive(
@@ -272,8 +273,6 @@ def _drive(
         met = state.step % every == 0 or state.step == state.num_steps
         if met or due:
             ranks.settle(_fault(state, feynman_kac))
-            if views.is_shared:
-                _check_agreement(state, ranks)
         if met and progress is not None:
             progress(views.show(state))
         if saver is not None and due:
@@ -289,15 +288,6 @@ def _fault(state: FilterState, feynman_kac: FeynmanKac) -> faults.FilterError | 
     except faults.FilterError as error:
         return error
     return None
-
-
-def _check_agreement(state: FilterState, ranks: Ranks) -> None:
-    log_z = ranks.gather(state.log_z)
-    if not bool((log_z == log_z[0]).all()):
-        raise RankError(
-            f"the ranks have different evidence at step {state.step}, which they compute from the same weights; run "
-            "all on devices of one kind with one version of torch, with the same model and arguments"
-        )
 
 
 class _Saver:
@@ -363,16 +353,11 @@ class _Saver:
         self._written = time.monotonic()
 
 
-def _share(number: int, ranks: Ranks, name: str) -> int:
-    """This rank's part of a number."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or number % ranks.count:
-        raise ValueError(
-            f"got {name} = {number!r} on {ranks.count} ranks; expected a positive multiple of their number"
-        )
-    return number // ranks.count
-
-
-def _checked(seed: int) -> int:
+def _begin(words: Mapping[str, str], number: int, name: str, seed: int, ranks: Ranks) -> int:
+    """See that all ranks begin the same run; this rank's part of the number that is spread over them."""
+    ranks.agree(torch.tensor(derive_seed(0, str(sorted(words.items())))), "runs or arguments")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"got seed = {seed!r}; expected an integer of at least 0")
-    return seed
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or number % ranks.count:
+        raise ValueError(f"got {name} = {number!r} on {ranks.count} ranks; expected a positive multiple of the ranks")
+    return number // ranks.count

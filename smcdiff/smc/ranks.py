@@ -87,6 +87,19 @@ class Ranks:
             raise self._silent(error) from error
         return came.to(rows.device)
 
+    def agree(self, value: Tensor, what: str) -> None:
+        """See that all ranks have the same 0-d integer, before an exchange whose sizes depend on it.
+
+        Raises:
+            RankError: if they have not, saying that ``what`` differs.
+        """
+        values = self.gather(value)
+        if not bool((values == values[0]).all()):
+            raise RankError(
+                f"the {self.count} ranks have different {what}; call run with the same model and arguments on every "
+                "rank, on devices of one kind and with one version of torch"
+            )
+
     def settle(self, error: Exception | None) -> None:
         """Go on together or not at all: raise this rank's error, or name the ranks that have one.
 

@@ -46,7 +46,8 @@ def place(ancestors: Tensor, ranks: int) -> Tensor:
     surplus = slot - first.gather(-1, owner) >= m
     free = slot % m >= offspring[:, slot // m]
     # Both have as many True as False; the kept offspring, in order, are the kept slots, in order.
-    source, target = surplus.to(torch.uint8).argsort(-1, stable=True), free.to(torch.uint8).argsort(-1, stable=True)
+    source = surplus.to(torch.uint8).argsort(dim=-1, stable=True)
+    target = free.to(torch.uint8).argsort(dim=-1, stable=True)
     return torch.empty_like(ancestors).scatter_(-1, target, ancestors.gather(-1, source))
 
 
@@ -152,6 +153,7 @@ class Shards:
         count, rank = self._ranks.count, self._ranks.rank
         b, n = ancestors.shape
         m = n // count
+        self._ranks.agree(_checksum(ancestors), "ancestors")
         self.moved = moved(ancestors, count)
         away = bool(self.moved.any())
         rows = [_rows(ancestors, source, rank, m) for source in range(count)] if away else []
@@ -183,10 +185,18 @@ class Shards:
 #: The names under which the filter and a checkpoint know what a rank has.
 _SLOT, _SHARD, _GENERATOR = "slot", "shard/", "generator"
 
+_ODD = 0x2545F4914F6CDD1D
+
 
 def _slots(like: Tensor) -> Particles:
     """Every particle in its own slot, (b, n)."""
     return {_SLOT: torch.arange(like.shape[1], device=like.device).expand(like.shape)}
+
+
+def _checksum(ancestors: Tensor) -> Tensor:
+    """An integer that hardly ever is the same for different ancestors; products and sums wrap modulo 2^64."""
+    factors = torch.arange(ancestors.numel(), device=ancestors.device) * _ODD + 1
+    return (ancestors.flatten() * factors).sum()
 
 
 def _rows(ancestors: Tensor, source: int, destination: int, m: int) -> Tensor:

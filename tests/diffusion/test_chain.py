@@ -168,6 +168,18 @@ def test_events_of_a_batch_do_not_meet(variance: Variance) -> None:
             torch.testing.assert_close(spread, alone.variance.expand(40, 3), rtol=0, atol=0)
 
 
+def test_a_variance_common_to_all_events_has_an_axis_for_each_of_theirs() -> None:
+    """So that it can be spread over particles, batch and event: N(0, I) with K = 3, two particles of four events."""
+    denoiser = StandardNormalDenoiser(torch.Size([3]), torch.float64, torch.device("cpu"))
+    chain = ReverseChain(denoiser, VPSchedule(), 3, variance="optimal", batch_shape=(4,))
+    for k in (3, 2, 1):
+        estimate = chain.estimate(k, torch.zeros(2, 4, 3, dtype=torch.float64))
+        level = chain.levels[k]
+        assert estimate.variance is not None and estimate.variance.ndim == 3
+        expected = torch.full((2, 4, 3), level.sigma**2 / (level.alpha**2 + level.sigma**2), dtype=torch.float64)
+        torch.testing.assert_close(estimate.variance.expand(2, *estimate.variance.shape[1:]).expand(2, 4, 3), expected)
+
+
 def test_noise_comes_from_the_generator_alone() -> None:
     chain = ReverseChain(GaussianDenoiser(MEAN, COVARIANCE), VPSchedule(), 4)
     torch.manual_seed(1)

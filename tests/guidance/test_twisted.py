@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import smcdiff as sd
+from smcdiff.guidance.batching import bytes_per_particle, pick_max_batch
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
 
@@ -57,7 +58,7 @@ def test_one_evaluation_per_particle_and_step(method) -> None:
     network = CountingNetwork()
     b, n = 2, 5
     smc = sd.SMC(problem(network, method), num_particles=n, num_chains=b, seed=0, progress=False).run(Y)
-    probe = 1  # the program is looked at once, before the run
+    probe = 2  # before the run the program is looked at once, and one particle's memory is measured
     assert network.forward_count == b * n * STEPS + probe
     assert network.backward_count == b * n * STEPS
     assert smc.network_evaluations == (b * n * STEPS, b * n * STEPS)
@@ -133,3 +134,59 @@ def test_a_step_never_waits_for_the_device(method) -> None:
 def test_max_batch_must_be_positive() -> None:
     with pytest.raises(ValueError, match="max_batch"):
         sd.SMC(problem(CountingNetwork()), num_particles=3, max_batch=0, progress=False).run(Y)
+
+
+def test_memory_of_a_particle_counts_what_the_graph_saves() -> None:
+    """The network saves its input twice in float64 and little else; a network twice as deep saves about twice that."""
+    kernel = problem(CountingNetwork())
+    one = bytes_per_particle(Program(kernel.model, (Y,)), kernel)
+    picture = 16 * 8
+    assert 3 * picture < one < 30 * picture
+
+    class Twice(CountingNetwork):
+        def forward(self, x: torch.Tensor, index: float) -> torch.Tensor:
+            return super().forward(super().forward(x, index), index)
+
+    deeper = problem(Twice())
+    assert one < bytes_per_particle(Program(deeper.model, (Y,)), deeper) < 3 * one
+    assert pick_max_batch(Program(kernel.model, (Y,)), kernel) > 1000
+
+
+def test_lower_precision_in_the_network_alone() -> None:
+    """bfloat16 arithmetic moves x0_hat by its rounding only, and nothing else changes its dtype."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.weight = torch.nn.Parameter(torch.randn(16, 16, generator=generator) / 4)
+
+        def forward(self, x: torch.Tensor, index: float) -> torch.Tensor:
+            return x @ self.weight
+
+    level = sd.VPSchedule().level(300.0)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    full = sd.NetworkDenoiser(Linear(), (16,))(x, level).mean
+    low = sd.NetworkDenoiser(Linear(), (16,), autocast=torch.bfloat16)(x, level).mean
+    assert low.dtype == torch.float32
+    difference = float((low - full).abs().max().detach())
+    assert 0 < difference < 0.05
+
+
+class PlainNetwork(torch.nn.Module):
+    """eps_hat = tanh(x), with a parameter for its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, index: float) -> torch.Tensor:
+        return self.gain * torch.tanh(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+def test_a_compiled_network_gives_the_same_run() -> None:
+    networks = PlainNetwork(), torch.compile(PlainNetwork(), backend="eager")
+    kernels = [problem(network, lambda model: sd.TDS(model, max_shift=0.5)) for network in networks]
+    runs = [sd.SMC(kernel, num_particles=3, seed=0, progress=False).run(Y) for kernel in kernels]
+    torch.testing.assert_close(runs[0].log_evidence, runs[1].log_evidence, rtol=1e-10, atol=1e-10)

@@ -10,14 +10,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from smcdiff.smc import FilterError, Particles
+from smcdiff.smc import FilterError, ParticleFilter, Particles
 from smcdiff.smc.conditional import ConditionalFeynmanKac, ConditionalSMC, Past, Path
 from smcdiff.smc.resampling import ConditionalResampler, Killing, Multinomial, Residual, Stratified, Systematic
 from smcdiff.smc.ssp import SSP
 from tests.smc.models import Bootstrap, LinearGaussian, Shifted
 
-CHAINS = 20_000
-PROBLEM = LinearGaussian.example(1, num_steps=3, seed=3)
+CHAINS = 15_000
+PROBLEM = LinearGaussian(
+    *(torch.tensor(v, dtype=torch.float64) for v in ([0.2], [[1.0]], [[0.9]], [[0.5]], [[1.0]], [[0.3]])),
+    y=torch.tensor([[1.2], [-0.4], [0.8], [0.1]], dtype=torch.float64),
+)
 
 
 def exact_paths(model: LinearGaussian, count: int, seed: int) -> Path:
@@ -33,7 +36,7 @@ def flat(path: Path) -> Tensor:
 
 
 def largest_score(model: LinearGaussian, path: Path) -> float:
-    """The largest of many scores, the paths being in coordinates that are independent standard normals by the exact law.
+    """The largest of many scores; the paths are put in coordinates that the exact law makes independent normals.
 
     All first and second moments, in standard errors of the exact law, and Kolmogorov-Smirnov of each coordinate, as the
     normal score of its p-value.
@@ -49,7 +52,7 @@ def largest_score(model: LinearGaussian, path: Path) -> float:
 
 
 def updated(
-    kernel: ConditionalSMC, model: ConditionalFeynmanKac, path: Path, n: int, updates: int = 2, seed: int = 1
+    kernel: ConditionalSMC, model: ConditionalFeynmanKac, path: Path, n: int, updates: int = 3, seed: int = 1
 ) -> Path:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(updates):
@@ -63,21 +66,23 @@ def test_the_score_itself() -> None:
 
 
 @pytest.mark.parametrize("past", Past)
-@pytest.mark.parametrize(("n", "threshold"), [(2, 1.0), (3, 0.7), (4, 1.0), (4, 0.6)])
+@pytest.mark.parametrize(("n", "threshold"), [(2, 0.0), (2, 1.0), (3, 0.8), (4, 0.7)])
 def test_invariant_for_every_rule(past: Past, n: int, threshold: float) -> None:
     kernel = ConditionalSMC(Multinomial(), past, threshold)
     start = exact_paths(PROBLEM, CHAINS, 0)
     for model in (Bootstrap(PROBLEM), Shifted(PROBLEM)):
         path = updated(kernel, model, start, n)
-        assert (flat(path) != flat(start)).any(-1).double().mean() > 0.5, "most paths must have moved"
+        assert (flat(path) != flat(start)).any(-1).double().mean() > 0.1, "many paths must have moved"
         assert largest_score(PROBLEM, path) < 5.5
 
 
 @pytest.mark.parametrize(
     "scheme", [Systematic(), Stratified(), Residual(), SSP(), Killing()], ids=lambda s: type(s).__name__
 )
-@pytest.mark.parametrize(("n", "threshold"), [(2, 1.0), (3, 0.8), (4, 1.0)])
-@pytest.mark.parametrize("past", [Past.TRACED, Past.ANCESTOR_SAMPLED])
+@pytest.mark.parametrize(
+    ("n", "threshold", "past"),
+    [(2, 1.0, Past.TRACED), (2, 0.7, Past.ANCESTOR_SAMPLED), (3, 0.8, Past.TRACED), (4, 1.0, Past.ANCESTOR_SAMPLED)],
+)
 def test_invariant_for_every_scheme(scheme: ConditionalResampler, n: int, threshold: float, past: Past) -> None:
     path = updated(ConditionalSMC(scheme, past, threshold), Bootstrap(PROBLEM), exact_paths(PROBLEM, CHAINS, 0), n)
     assert largest_score(PROBLEM, path) < 5.5
@@ -128,7 +133,14 @@ class WrongTransition(Bootstrap):
     ids=["not size-biased", "counts twice", "wrong transition, ancestor", "wrong transition, backward"],
 )
 def test_the_score_sees_wrong_kernels(kernel: ConditionalSMC, model: ConditionalFeynmanKac) -> None:
-    assert largest_score(PROBLEM, updated(kernel, model, exact_paths(PROBLEM, CHAINS, 0), 3)) > 8
+    assert largest_score(PROBLEM, updated(kernel, model, exact_paths(PROBLEM, CHAINS, 0), 2, updates=6)) > 8
+
+
+def test_the_thresholds_above_resample_some_chains_and_not_others() -> None:
+    for n, threshold in ((3, 0.8), (4, 0.7)):
+        result = ParticleFilter(ess_threshold=threshold).run(Bootstrap(PROBLEM), num_particles=n, num_chains=1000)
+        share = result.records.resampled.double().mean(1)
+        assert share.min() > 0.1 and share.max() < 0.9
 
 
 def test_it_comes_to_the_law_from_somewhere_else() -> None:

@@ -150,7 +150,11 @@ def test_linear_table_is_vp_schedule(tmp_path: Path) -> None:
 
 
 def test_a_last_step_without_signal_is_left_out(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "num_train_timesteps": 100}
+    settings: dict[str, Any] = {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "num_train_timesteps": 100,
+    }
     save_pipeline(tmp_path, **settings)
     theirs = DDPMScheduler(**settings).alphas_cumprod.double()
     assert theirs[-1] == 0

@@ -1,0 +1,53 @@
+"""How many particles go through the network at once."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from smcdiff.guidance.base import Method, Prediction
+from smcdiff.guidance.program import Program
+
+__all__ = ["bytes_per_particle", "free_bytes", "pick_max_batch"]
+
+#: Share of the free memory that a batch may fill; gradients and temporaries double what the graph saves.
+_SHARE, _FACTOR = 0.5, 2.0
+
+
+def bytes_per_particle(program: Program, method: Method) -> int:
+    """What automatic differentiation saves of one particle's evaluation, twist included, in bytes.
+
+    It takes one evaluation of the network, at the highest noise.
+    """
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.numel() * tensor.element_size()
+        return tensor
+
+    k = program.num_steps
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        x = {
+            name: torch.zeros((1, *latent.chain.shape), dtype=program.dtype, device=program.device, requires_grad=True)
+            for name, latent in program.latents.items()
+        }
+        estimates = {name: latent.chain.estimate(k, x[name]) for name, latent in program.latents.items()}
+        prediction = Prediction(program, k, x, estimates)
+        method.proposal.objective(prediction, method.twist.log_psi(prediction))
+    return max(saved, sum(value.numel() * value.element_size() for value in x.values()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device now, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def pick_max_batch(program: Program, method: Method) -> int:
+    """The largest batch whose evaluation fits into half of the free memory; at least 1."""
+    need = _FACTOR * bytes_per_particle(program, method)
+    return max(1, int(_SHARE * free_bytes(program.device) / need))
