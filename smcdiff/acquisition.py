@@ -139,16 +139,14 @@ class Acquisition:
         return Canvas(height, width, Crop(top, left, rows, columns), Crop(top * f, left * f, rows * f, columns * f))
 
     def data(self, y: Tensor) -> Tensor:
-        """What the program observes for a picture y: W y, with any finite number at pixels that were not measured.
+        """What the program observes for a picture y: W y. Pixels that were not measured may hold any finite number.
 
         Raises:
             ValueError: for a picture of another shape than the mask.
         """
-        if self.mask is None:
-            return whiten(y, self.noise.row_correlation)
-        if self.mask.shape != y.shape:
+        if self.mask is not None and self.mask.shape != y.shape:
             raise ValueError(f"got a mask of shape {tuple(self.mask.shape)} for a picture of shape {tuple(y.shape)}")
-        return torch.where(self.mask > 0, y, 0.0)
+        return whiten(y, self.noise.row_correlation)
 
     def program(self, prior: DiffusionPrior, canvas: Canvas) -> Callable[..., Tensor]:
         """The Pyro program: the scene "x" from the prior, where unknown the noise level "sigma", and the picture "y".

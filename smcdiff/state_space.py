@@ -73,7 +73,9 @@ class ParticleState(UserDict[str, Tensor]):
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         if self.read_only:
-            raise RuntimeError(f"got {name!r} written to the state by the guide; only the model may, after it has run")
+            raise RuntimeError(
+                f"got {name!r} written to the state by the guide; leave that to the model, which runs next"
+            )
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TypeError(
                 f"got a {type(value).__name__} as the state's {name!r}; expected a tensor, named by a string"

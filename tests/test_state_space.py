@@ -291,6 +291,7 @@ def write(state: Any, y: Any) -> None:
 
 def observe_nothing(state: Any, y: Any) -> None:
     state["x"] = pyro.sample("x", dist.Normal(state["x"], 1.0))
+    pyro.deterministic("twice", 2 * state["x"])
 
 
 def sample_y(state: Any, y: Any) -> None:
@@ -306,6 +307,30 @@ def observe_in_guide(state: Any, y: Any) -> None:
 def subsample(state: Any, y: Any) -> None:
     with pyro.plate("data", 10, subsample_size=2, dim=-2):
         pyro.sample("y", dist.Normal(state["x"], 1.0), obs=y.expand(2, 1))
+
+
+def test_masks_and_scales_count() -> None:
+    def log_z(mask: bool, scale: float) -> Tensor:
+        def step(state: Any, y: Any) -> None:
+            with pyro.poutine.mask(mask=torch.tensor(mask)), pyro.poutine.scale(scale=scale):
+                pyro.sample("y", dist.Normal(state["x"], 1.0), obs=y)
+
+        model = StateSpaceModel(Line(step), None, torch.ones(2))
+        return ParticleFilter().run(model, num_particles=1, num_chains=3, seed=0).log_z
+
+    assert torch.equal(log_z(False, 1.0), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(log_z(True, 2.0), 2 * log_z(True, 1.0))
+
+
+def test_every_step_is_taken_once() -> None:
+    taken: list[float] = []
+
+    def step(state: Any, y: Any) -> None:
+        taken.append(float(y))
+        pyro.sample("y", dist.Normal(state["x"], 1.0), obs=y)
+
+    ParticleFilter().run(StateSpaceModel(Line(step), None, torch.arange(5.0)), num_particles=4, num_chains=2)
+    assert taken == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

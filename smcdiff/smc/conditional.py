@@ -10,9 +10,11 @@ a transition, through gamma_i(x_{i-1}, x_i) = M_i(x_i | x_{i-1}) G_i(x_{i-1}, x_
 - *ancestor sampling*: at each resampling the reference gets a new past, x_{i-1}^j with probability proportional to
   w_{i-1}^j gamma_i(x_{i-1}^j, x*_i); the ancestors of the others are then drawn given this one;
 - *backward sampling*: the chosen path is redrawn from its end, x_{i-1}^j with probability proportional to
-  w_{i-1}^j gamma_i(x_{i-1}^j, x_i). Its proof needs independent ancestors, hence multinomial resampling.
+  w_{i-1}^j gamma_i(x_{i-1}^j, x_i), whether or not the chain was resampled there.
 
-A chain that is not resampled before a move has no choice there: each particle goes on from itself.
+Both draw from the exact law of a past given the particles up to i - 1 and the path from i on, all other particles from
+i on being integrated out. That law needs of a resampling scheme only that an ancestor is j with probability w^j once the
+particles are shuffled, so every scheme here will do.
 
 References:
     C. Andrieu, A. Doucet, R. Holenstein, "Particle Markov chain Monte Carlo methods", Journal of the Royal Statistical
@@ -20,8 +22,8 @@ References:
     F. Lindsten, M. I. Jordan, T. B. Schon, "Particle Gibbs with ancestor sampling", Journal of Machine Learning
     Research 15 (2014), arXiv:1401.0604.
     N. Whiteley, discussion of Andrieu et al. (2010): backward sampling.
-    N. Chopin, S. S. Singh, "On particle Gibbs sampling", Bernoulli 21 (2015), arXiv:1304.1887: which resampling is
-    allowed.
+    N. Chopin, S. S. Singh, "On particle Gibbs sampling", Bernoulli 21 (2015), arXiv:1304.1887: conditional versions of
+    other resampling schemes than multinomial.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from smcdiff.smc import faults
 from smcdiff.smc.feynman_kac import FeynmanKac, Move, Particles
 from smcdiff.smc.integer_weights import cumulative, pick, uniform_below
 from smcdiff.smc.records import Records
-from smcdiff.smc.resampling import ConditionalResampler, Multinomial
+from smcdiff.smc.resampling import ConditionalResampler, Systematic
 from smcdiff.smc.state import FilterState
 from smcdiff.smc.steps import Steps, gather
 from smcdiff.smc.weights import normalise
@@ -80,8 +82,8 @@ class Past(Enum):
     """How the past of a path is chosen."""
 
     TRACED = "traced"  #: by the genealogy as it is: needs no density, mixes badly where paths coalesce
-    ANCESTOR_SAMPLED = "ancestor sampled"  #: anew for the reference at each resampling; goes with every scheme
-    BACKWARD_SAMPLED = "backward sampled"  #: anew for the chosen path from its end; multinomial resampling only
+    ANCESTOR_SAMPLED = "ancestor sampled"  #: drawn anew for the reference at each resampling
+    BACKWARD_SAMPLED = "backward sampled"  #: drawn anew for the chosen path from its end
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,16 @@ class ConditionalSMC:
         ess_threshold: a chain is resampled where its effective sample size is below this share of n; in [0, 1].
 
     Raises:
-        ValueError: for a threshold outside [0, 1], or backward sampling with a scheme other than multinomial.
+        ValueError: for a threshold outside [0, 1].
     """
 
-    resampler: ConditionalResampler = field(default_factory=Multinomial)
+    resampler: ConditionalResampler = field(default_factory=Systematic)
     past: Past = Past.ANCESTOR_SAMPLED
     ess_threshold: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"got ess_threshold {self.ess_threshold}; it is a share of the particles, in [0, 1]")
-        if self.past is Past.BACKWARD_SAMPLED and not isinstance(self.resampler, Multinomial):
-            raise ValueError(
-                f"got backward sampling with {type(self.resampler).__name__} resampling, whose ancestors depend on one "
-                "another; take Multinomial(), or Past.ANCESTOR_SAMPLED, which goes with every scheme"
-            )
 
     def first(
         self, feynman_kac: ConditionalFeynmanKac, num_particles: int, num_chains: int, generator: torch.Generator
@@ -181,11 +178,10 @@ class ConditionalSMC:
         index = _categorical(states[-1].w, generator)
         path = [gather(states[-1].particles, index)]
         for state, after in zip(states[-2::-1], states[:0:-1], strict=True):
-            record = after.history[-1]
-            assert record.ancestors is not None
-            index = record.ancestors.to(torch.int64).gather(-1, index)
-            if self.past is Past.BACKWARD_SAMPLED:
-                index = torch.where(record.resampled[:, None], past(state, path[-1]), index)
+            parents = after.history[-1].ancestors
+            assert parents is not None
+            traced = self.past is not Past.BACKWARD_SAMPLED
+            index = parents.to(torch.int64).gather(-1, index) if traced else past(state, path[-1])
             path.append(gather(state.particles, index))
         faults.check(replace(states[-1], faults={**states[-1].faults, **found}), feynman_kac)
         return tuple(path[::-1])

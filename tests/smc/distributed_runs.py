@@ -1,8 +1,8 @@
 """Two processes that run one filter together; used by test_distributed.py.
 
 ``python distributed_runs.py FOLDER SCENARIO ...`` imports torch once and forks two ranks for each scenario, which meet
-through a file in the folder and talk over the loopback interface. Each rank saves what it found, or the error that ended
-it, in the folder; the exit codes are printed.
+through a file in the folder and talk over the loopback interface. Each rank saves what it found, or the error that
+ended it, in the folder; the exit codes are printed.
 """
 
 from __future__ import annotations
