@@ -44,8 +44,8 @@ from torch import Tensor
 from smcdiff.smc import Move, ParticleFilter, Particles, Records
 from smcdiff.smc.distributed import ChainsOverRanks, ParticlesOverRanks
 
-#: Runs a filter of n particles in d dimensions for some steps; the seconds it took.
-Side = Callable[[int, int, int], float]
+#: Runs a filter of n particles in d dimensions for some steps; the seconds it took, on the clock and of the processor.
+Side = Callable[[int, int, int], tuple[float, float]]
 
 Y = 0.1
 CPU = torch.device("cpu")
@@ -73,18 +73,26 @@ def log_likelihood(x: Tensor) -> Tensor:
     return -0.5 * (x - Y).square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
 
-def ours(n: int, d: int, steps: int) -> float:
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def ours(n: int, d: int, steps: int) -> tuple[float, float]:
     settings, records = ParticleFilter(ess_threshold=1.0), Records(ancestors=False)
-    start = time.perf_counter()
+    start = now()
     settings.run(LinearGaussian(d, steps), num_particles=n, records=records)
-    return time.perf_counter() - start
+    return since(start)
 
 
 @torch.no_grad()
-def bare(n: int, d: int, steps: int) -> float:
+def bare(n: int, d: int, steps: int) -> tuple[float, float]:
     """The least a bootstrap filter does; its resampling is the faster of two ways, by size."""
     g = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
+    start = now()
     x = torch.randn((n, d), dtype=torch.float64, generator=g)
     for _ in range(steps):
         w = torch.softmax(log_likelihood(x), 0)
@@ -99,7 +107,7 @@ def bare(n: int, d: int, steps: int) -> float:
         x = x[ancestors]
         x = 0.9 * x + 0.5 * torch.randn((n, d), dtype=torch.float64, generator=g)
     log_likelihood(x)
-    return time.perf_counter() - start
+    return since(start)
 
 
 class PyroModel:
@@ -122,7 +130,7 @@ class PyroModel:
             pyro.sample(f"y_{self.t}", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
-def of_pyro(n: int, d: int, steps: int) -> float:
+def of_pyro(n: int, d: int, steps: int) -> tuple[float, float]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -131,11 +139,11 @@ def of_pyro(n: int, d: int, steps: int) -> float:
             PyroModel(d, True), PyroModel(d, False), num_particles=n, max_plate_nesting=0, ess_threshold=1
         )
         with torch.no_grad(), pyro.validation_enabled(False):
-            start = time.perf_counter()
+            start = now()
             filter.init()
             for _ in range(steps):
                 filter.step(y)
-            return time.perf_counter() - start
+            return since(start)
     finally:
         torch.set_default_dtype(default)
 
@@ -157,8 +165,9 @@ class ParticlesLibrary:
         )
         self(10, 1, 2)  # compiles what it compiles
 
-    def __call__(self, n: int, d: int, steps: int) -> float:
-        return float(self._ask(f"{n} {d} {steps}"))
+    def __call__(self, n: int, d: int, steps: int) -> tuple[float, float]:
+        wall, processor = self._ask(f"{n} {d} {steps}").split()
+        return float(wall), float(processor)
 
     def memory(self, n: int, d: int, steps: int) -> int:
         return int(self._ask(f"memory {n} {d} {steps}"))
@@ -228,13 +237,13 @@ def on_two_processes(mode: str, n: int, d: int, steps: int, store: Path) -> floa
     return seconds
 
 
-def timed(sides: dict[str, Side], n: int, d: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of each side, over rounds in which all take turns."""
+def timed(sides: dict[str, Side], n: int, d: int, rounds: int, clock: int) -> dict[str, list[float]]:
+    """Seconds per step of each side, over rounds in which all take turns; clock is 0 for the wall's, 1 the processor's."""
     steps = max(4, min(100, 1_000_000 // (n * max(1, d // 8))))
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, side in sides.items():
-            taken = side(n, d, steps) / steps
+            taken = side(n, d, steps)[clock] / steps
             if round_:  # the first round warms up
                 seconds[name].append(taken)
     return seconds
@@ -247,6 +256,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--most", type=int, default=10_000_000, help="leave out sizes with n d above this")
     parser.add_argument("--skip-particles", action="store_true")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="in the first table, for a machine that other programs share"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -268,7 +280,7 @@ def main() -> None:
         sizes = [(n, d) for n in arguments.n for d in arguments.d if n * d <= arguments.most]
         rows, results = [], []
         for n, d in sizes:
-            seconds = timed(sides, n, d, arguments.rounds)
+            seconds = timed(sides, n, d, arguments.rounds, int(arguments.processor_time))
             median = {name: statistics.median(values) for name, values in seconds.items()}
             results.append({"n": n, "d": d, "seconds per step": seconds})
             rows.append(
@@ -277,7 +289,8 @@ def main() -> None:
                 | {f"{name} / smcdiff": f"{median[name] / median['smcdiff']:.2f}" for name in list(median)[2:]}
                 | {"smcdiff / bare loop": f"{median['smcdiff'] / median['bare loop']:.2f}"}
             )
-        print("Time per step\n\n" + markdown(rows) + "\n")
+        kind = "Processor time" if arguments.processor_time else "Time"
+        print(f"{kind} per step\n\n" + markdown(rows) + "\n")
         content["step"] = results
 
         n, rows = max(arguments.n), []
@@ -297,7 +310,7 @@ def main() -> None:
                 continue
             taken: dict[str, list[float]] = {"one": [], "particles": [], "chains": []}
             for round_ in range(arguments.rounds):
-                taken["one"].append(ours(n, d, 20) / 20)
+                taken["one"].append(ours(n, d, 20)[0] / 20)
                 for mode in ("particles", "chains"):
                     store = Path(folder) / f"{n} {d} {mode} {round_}"
                     taken[mode].append(on_two_processes(mode, n, d, 20, store) / 20)

@@ -60,7 +60,7 @@ WAYS: dict[str, Way] = {
 
 
 def weights(b: int, n: int, seed: int, zeros: bool) -> Tensor:
-    """Normalised weights, uneven by some orders of magnitude; a third of them zero if asked for, the last among them."""
+    """Normalised weights, uneven by orders of magnitude; a third of them zero if asked for, the last among them."""
     g = torch.Generator().manual_seed(seed)
     w = torch.exp(2 * torch.randn((b, n), dtype=torch.float64, generator=g))
     if zeros:

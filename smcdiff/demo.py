@@ -49,4 +49,7 @@ def make_demo(seed: int) -> Demo:
     x = torch.from_numpy(scene.image).float()[None]
     clean = canvas.window.of(acquisition.operator(x))
     y = clean + acquisition.noise.sigma * torch.from_numpy(rng.standard_normal(clean.shape)).float()
-    return Demo(y, acquisition, Truth(canvas.picture.of(x), defect, name))
+    image, plain, normal = (
+        canvas.picture.of(torch.from_numpy(part).float()[None]) for part in (scene.image, scene.clean, scene.normal)
+    )
+    return Demo(y, acquisition, Truth(image, plain, normal, defect, name))

@@ -12,7 +12,7 @@ from torch import Tensor
 from smcdiff.images import write_png
 from smcdiff.restore import Restoration
 
-__all__ = ["Truth", "psnr", "write_report"]
+__all__ = ["Truth", "psnr", "retention", "write_report"]
 
 _DRAWS = 4
 
@@ -32,11 +32,15 @@ class Truth:
 
     Args:
         image: the scene, (1, rows, columns), of the shape of the restoration.
-        defect: its pixels that a defect changed, bool of the same shape.
+        clean: the scene without its grain.
+        normal: the same without the defect.
+        defect: its pixels that the defect changed, bool of the same shape.
         name: of the defect.
     """
 
     image: Tensor
+    clean: Tensor
+    normal: Tensor
     defect: Tensor
     name: str
 
@@ -46,11 +50,14 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return 10 * math.log10(4 / float((image.double() - reference.double()).square().mean()))
 
 
-def contrast(images: Tensor, defect: Tensor) -> Tensor:
-    """Mean over the defect's pixels minus mean over the ring of 3 pixels around them, for images (..., 1, H, W)."""
-    wide = torch.nn.functional.max_pool2d(defect.double()[None], 7, 1, 3)[0] > 0
-    ring = wide & ~defect
-    return images.double()[..., defect].mean(-1) - images.double()[..., ring].mean(-1)
+def retention(images: Tensor, truth: Truth) -> Tensor:
+    """How much of the defect is in images (..., 1, rows, columns): 0 as if it were not there, 1 all of it.
+
+    With d = clean - normal on the defect's pixels it is <image - normal, d> / <d, d>.
+    """
+    change = (truth.clean - truth.normal).double()[truth.defect]
+    seen = images.double()[..., truth.defect] - truth.normal.double()[truth.defect]
+    return seen @ change / (change @ change)
 
 
 def write_report(result: Restoration, folder: Path, truth: Truth | None = None) -> str:
@@ -125,23 +132,20 @@ def _against(truth: Truth, result: Restoration) -> list[str]:
     low, high = result.interval(0.9)
     inside = ((truth.image >= low) & (truth.image <= high)).double()
     there = truth.defect
-    run = result.run
-    values = contrast(run.values["x"], there)
-    weights = run.log_w.exp()
+    values, weights = retention(result.run.values["x"], truth), result.run.log_w.exp()
     kept = float((weights * values).sum())
     spread = math.sqrt(float((weights * (values - kept) ** 2).sum()))
-    true = float(contrast(truth.image, there))
     lines = [
         "Against the truth, which is known here",
         f"  PSNR of the posterior mean  {psnr(result.mean, truth.image):.2f} dB",
         f"  inside the 90 % interval    {100 * float(inside.mean()):.1f} % of all pixels, "
         f"{100 * float(inside[there].mean()):.1f} % of the defect's",
-        f"  contrast of the defect ({truth.name}, {int(there.sum())} pixels): true {true:.3f}, "
-        f"posterior {kept:.3f} +- {spread:.3f}: {100 * kept / true:.0f} % kept",
+        f"  the defect ({truth.name}, {int(there.sum())} pixels): {100 * kept:.0f} % +- {100 * spread:.0f} % of it is kept; "
+        "0 % is a normal wafer",
     ]
     if result.y.shape == truth.image.shape:
         lines.insert(1, f"  PSNR of the picture         {psnr(result.y, truth.image):.2f} dB")
-        lines.append(f"  contrast in the picture before restoration: {float(contrast(result.y, there)):.3f}")
+        lines.append(f"  of it in the picture before restoration: {100 * float(retention(result.y, truth)):.0f} %")
     return lines
 
 

@@ -209,7 +209,9 @@ def prepare(
             f"got a prior of pictures of shape {tuple(trained.event_shape)}; expected grey ones, (1, rows, columns)"
         )
     canvas = acquisition.canvas(y.shape[1], y.shape[2], _block(trained))
-    prior = load((1, canvas.rows, canvas.columns)).replace(num_steps=effort.steps, grid=LogGrid())
+    prior = load((1, canvas.rows, canvas.columns)).replace(
+        num_steps=effort.steps, variance="fixed_large", grid=LogGrid()
+    )  # the larger variance keeps the fine grain that the prior has learned; measured in benchmarks/sem_restoration.py
     return Job(y, acquisition, prior, canvas, effort)
 
 

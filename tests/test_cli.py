@@ -15,7 +15,7 @@ from smcdiff.cli import main
 from smcdiff.demo import make_demo
 from smcdiff.diffusion.analytic import StandardNormalDenoiser
 from smcdiff.images import read_image
-from smcdiff.report import contrast, psnr
+from smcdiff.report import Truth, psnr, retention
 
 FILES = {
     "observation.png",
@@ -106,20 +106,20 @@ def test_demo_compares_with_the_truth(white_noise_prior, tmp_path, capsys):
     truth = demo.truth.image.numpy()
     inside = (ends[0] <= truth) & (truth <= ends[1])
     assert f"inside the 90 % interval    {100 * inside.mean():.1f} % of all pixels" in text
-    kept = float(contrast(mean, demo.truth.defect) / contrast(demo.truth.image, demo.truth.defect))
-    assert f": {100 * kept:.0f} % kept" in text
+    kept = float(retention(mean, demo.truth))
+    assert f" pixels): {100 * kept:.0f} % +- " in text
     assert "verdict" in text and "tempering exponent" in text
 
 
-def test_contrast_by_hand():
-    image = torch.zeros(1, 12, 12)
-    defect = torch.zeros(1, 12, 12, dtype=torch.bool)
-    defect[0, 5, 5:7] = True
-    image[0, 2:9, 2:10] = 0.25  # the ring of three pixels ...
-    image[0, 5, 5], image[0, 5, 6] = 1.0, 0.5
-    image[0, 0, :] = 9.0  # ... and not what lies beyond it
-    assert float(contrast(image, defect)) == pytest.approx(0.75 - 0.25)
-    assert contrast(torch.stack([image, 2 * image]), defect).tolist() == pytest.approx([0.5, 1.0])
+def test_retention_by_hand():
+    normal, clean = torch.zeros(1, 3, 3), torch.zeros(1, 3, 3)
+    clean[0, 1] = torch.tensor([1.0, -2.0, 0.0])
+    truth = Truth(clean, clean, normal, clean != 0, "bridge")
+    assert float(retention(normal, truth)) == 0
+    assert float(retention(clean, truth)) == pytest.approx(1)
+    half = clean.clone()
+    half[0, 1, 1] = 0.0  # <(1, 0), (1, -2)> / <(1, -2), (1, -2)>
+    assert retention(torch.stack([half, 2 * clean]), truth).tolist() == pytest.approx([0.2, 2.0])
 
 
 def test_psnr_by_hand():

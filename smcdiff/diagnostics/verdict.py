@@ -58,7 +58,8 @@ class Diagnostics:
         log_z: (b,), log-evidence of each chain, in nats.
         log_z_spread: standard deviation of ``log_z`` over chains, in nats; NaN for one chain.
         log_evidence: the pooled estimate, in nats.
-        log_evidence_error: its standard error, in nats; NaN for one chain.
+        log_evidence_error: its standard error, in nats; NaN for one chain, and where the chains disagree so much that
+            a few of them decide the estimate and say nothing of its error.
         findings: what is wrong, worst first; empty if nothing is.
     """
 
@@ -83,7 +84,7 @@ class Diagnostics:
         roots = "not recorded" if self.roots is None else " ".join(str(int(r)) for r in self.roots)
         lines = [
             f"verdict                     {self.verdict}",
-            f"log-evidence                {self.log_evidence:.2f} +- {self.log_evidence_error:.2f} nats",
+            f"log-evidence                {self.log_evidence:.2f} {self._error()}",
             f"log-evidence of each chain  {' '.join(f'{z:.1f}' for z in self.log_z.tolist())}",
             f"spread over chains          {self.log_z_spread:.2f} nats",
             f"smallest ESS of a step      {self.min_ess:.1f}",
@@ -93,6 +94,15 @@ class Diagnostics:
         ]
         return "\n".join(lines + [f"{f.level}: {f.reason} {f.remedy}" for f in self.findings])
 
+    def _error(self) -> str:
+        if math.isnan(self.log_evidence_error):
+            return "nats, with no error that could be given"
+        return f"+- {self.log_evidence_error:.2f} nats"
+
+
+#: Above this relative standard error over chains the estimate of the error itself is not to be believed.
+_LARGEST_ERROR = 0.5
+
 
 def diagnose(run: Run) -> Diagnostics:
     """The numbers of a run and the verdict on them."""
@@ -101,6 +111,7 @@ def diagnose(run: Run) -> Diagnostics:
     log_mean = log_z.logsumexp(0) - math.log(b)
     spread = float(log_z.std()) if b > 1 else math.nan
     error = float((log_z - log_mean).exp().std() / math.sqrt(b)) if b > 1 else math.nan
+    error = error if error < _LARGEST_ERROR else math.nan
     pooled = effective_sample_size(run.log_w)
     k_hat = pareto_k(run.log_w)
     roots = None if run.roots is None else run.roots[-1]

@@ -12,9 +12,9 @@ a transition, through gamma_i(x_{i-1}, x_i) = M_i(x_i | x_{i-1}) G_i(x_{i-1}, x_
 - *backward sampling*: the chosen path is redrawn from its end, x_{i-1}^j with probability proportional to
   w_{i-1}^j gamma_i(x_{i-1}^j, x_i), whether or not the chain was resampled there.
 
-Both draw from the exact law of a past given the particles up to i - 1 and the path from i on, all other particles from
-i on being integrated out. That law needs of a resampling scheme only that an ancestor is j with probability w^j once the
-particles are shuffled, so every scheme here will do.
+Both draw from the exact law of a past given the particles up to i - 1 and the path from i on, all other particles
+from i on being integrated out. That law needs of a resampling scheme only that an ancestor is j with probability w^j
+once the particles are shuffled, so every scheme here will do.
 
 References:
     C. Andrieu, A. Doucet, R. Holenstein, "Particle Markov chain Monte Carlo methods", Journal of the Royal Statistical

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.smc.feynman_kac import FeynmanKac, Move, Particles
+from smcdiff.smc.integer_weights import ancestors_from_counts
 from smcdiff.smc.ranks import Ranks
 from smcdiff.smc.resampling import Resampler
 from smcdiff.smc.state import FilterState
@@ -38,17 +39,22 @@ def place(ancestors: Tensor, ranks: int) -> Tensor:
     """Ancestors (b, n) in another order, in which as few as possible are on another rank than their slot."""
     b, n = ancestors.shape
     m = n // ranks
-    ancestors = ancestors.sort(-1).values
-    owner = ancestors // m
-    offspring = ancestors.new_zeros((b, ranks)).scatter_add_(-1, owner, torch.ones_like(owner))
+    counts = ancestors.new_zeros((b, n)).scatter_add_(-1, ancestors, torch.ones_like(ancestors))
+    ancestors = ancestors_from_counts(counts.cumsum(-1), torch.ones_like(counts[:, :1], dtype=torch.bool))  # sorted
+    offspring = counts.unflatten(-1, (ranks, m)).sum(-1)
     first = offspring.cumsum(-1) - offspring
-    slot = torch.arange(n, device=ancestors.device)
+    slot, owner = torch.arange(n, device=ancestors.device), ancestors // m
     surplus = slot - first.gather(-1, owner) >= m
     free = slot % m >= offspring[:, slot // m]
-    # Both have as many True as False; the kept offspring, in order, are the kept slots, in order.
-    source = surplus.to(torch.uint8).argsort(dim=-1, stable=True)
-    target = free.to(torch.uint8).argsort(dim=-1, stable=True)
-    return torch.empty_like(ancestors).scatter_(-1, target, ancestors.gather(-1, source))
+    # As many are True in both, so the kept offspring, in order, get the kept slots, and the surplus the free ones.
+    ordered = torch.empty_like(ancestors).scatter_(-1, _false_first(surplus), ancestors)
+    return ordered.gather(-1, _false_first(free))
+
+
+def _false_first(flags: Tensor) -> Tensor:
+    """Where each entry of flags (b, n) stands once those that are False come first, both kinds in their order."""
+    true, false = flags.to(torch.int64).cumsum(-1), (~flags).to(torch.int64).cumsum(-1)
+    return torch.where(flags, false[:, -1:] + true, false) - 1
 
 
 def moved(ancestors: Tensor, ranks: int) -> Tensor:
@@ -203,7 +209,7 @@ def _rows(ancestors: Tensor, source: int, destination: int, m: int) -> Tensor:
     """Which of the source's particles the destination needs: rows of its flattened shard, each once, in order."""
     wanted = ancestors[:, destination * m : (destination + 1) * m]
     chain, slot = (wanted // m == source).nonzero(as_tuple=True)
-    return (chain * m + wanted[chain, slot] % m).unique()
+    return torch.unique_consecutive(chain * m + wanted[chain, slot] % m)  # placed ancestors of one rank are in order
 
 
 def _pack(particles: Particles, rows: Tensor) -> Tensor:

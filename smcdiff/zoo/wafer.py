@@ -49,12 +49,16 @@ class WaferPicture:
 
     Args:
         image: (size, size), the picture on the scale [-1, 1] (dark, bright), noise of the stated dose included.
+        clean: (size, size), the same without noise.
+        normal: (size, size), the same without noise and without the defect.
         mask: (size, size) of bool, the pixels whose noise-free value the defect changed by more than 0.1.
         layout: ``"lines"`` or ``"holes"``.
         defect: a name of :data:`DEFECTS`, or None.
     """
 
     image: Array
+    clean: Array
+    normal: Array
     mask: NDArray[np.bool_]
     layout: str
     defect: str | None
@@ -115,12 +119,11 @@ class Wafer:
             plain, damaged, bright = plain.T, damaged.T, bright.T
 
         look = _Look.draw(rng)
-        clean = self._form(look.intensity(plain))
-        image = self._form(np.maximum(look.intensity(damaged), bright))
-        mask = np.abs(image - clean) > 0.05
-        if np.isfinite(self.dose):
-            image = rng.poisson(self.dose * image) / self.dose
-        return WaferPicture(2 * image - 1, mask, layout, defect)
+        normal = self._form(look.intensity(plain))
+        clean = self._form(np.maximum(look.intensity(damaged), bright))
+        mask = np.abs(clean - normal) > 0.05
+        image = rng.poisson(self.dose * clean) / self.dose if np.isfinite(self.dose) else clean
+        return WaferPicture(2 * image - 1, 2 * clean - 1, 2 * normal - 1, mask, layout, defect)
 
     def draw_images(self, rng: np.random.Generator, number: int) -> NDArray[np.float32]:
         """(number, 1, size, size) of float32: the images of ``number`` draws, as a network takes them."""
