@@ -35,10 +35,10 @@ from skimage.filters import gaussian, window
 from skimage.registration import phase_cross_correlation
 from skimage.restoration import denoise_nl_means
 
-from smcdiff.acquisition import sharp
-from smcdiff.images import read_image
-from smcdiff.noise_level import Noise, estimate_row_correlation, estimate_sigma
-from smcdiff.restore import Effort, Restoration, prepare
+from smcdiff.restoration.acquisition import sharp
+from smcdiff.restoration.images import read_image
+from smcdiff.restoration.noise_level import Noise, estimate_row_correlation, estimate_sigma
+from smcdiff.restoration.restore import Effort, Restoration, prepare
 from smcdiff.zoo import load_prior
 
 Array = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Draw a sheet of unconditional samples of a prior, as its model card shows.
 
-    python examples/sample_sheet.py wafer64 --out smcdiff/zoo/wafer64/samples.png
+python examples/sample_sheet.py wafer64 --out smcdiff/zoo/wafer64/samples.png
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
-from smcdiff.images import read_image
+from smcdiff.restoration.images import read_image
 from smcdiff.training import Training
 from smcdiff.zoo.wafer import Wafer
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from smcdiff.acquisition import Acquisition, blurred, coarse, masked, sharp
-from smcdiff.demo import make_demo
-from smcdiff.images import Crop, read_image, read_mask
-from smcdiff.noise_level import Noise, estimate_row_correlation, estimate_sigma
-from smcdiff.report import Truth, write_report
-from smcdiff.restore import Effort, prepare
+from smcdiff.restoration.acquisition import Acquisition, blurred, coarse, masked, sharp
+from smcdiff.restoration.demo import make_demo
+from smcdiff.restoration.images import Crop, read_image, read_mask
+from smcdiff.restoration.noise_level import Noise, estimate_row_correlation, estimate_sigma
+from smcdiff.restoration.report import Truth, write_report
+from smcdiff.restoration.restore import Effort, prepare
 from smcdiff.zoo import load_prior
 
 __all__ = ["main"]

@@ -236,5 +236,3 @@ class _Finished:
     history: History
     seed: int
     run: Run
-
-

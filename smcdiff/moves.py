@@ -65,7 +65,8 @@ class ParticleGibbs:
         least = {"num_particles": 2, "num_sweeps": 1, "num_chains": 1, "warmup": 0}
         got = {"num_particles": num_particles, "num_sweeps": num_sweeps, "num_chains": num_chains, "warmup": warmup}
         _check(got, least)
-        self.kernel, self.num_particles, self.num_sweeps, self.num_chains = kernel, num_particles, num_sweeps, num_chains
+        self.kernel, self.num_particles = kernel, num_particles
+        self.num_sweeps, self.num_chains = num_sweeps, num_chains
         self._warmup, self._moves, self._max_batch = warmup, moves, max_batch
         self._seed, self._progress = seed, progress
         self._samples: dict[str, Tensor] | None = None
@@ -163,7 +164,7 @@ class MarginalMH:
 
         generator = _generator(self._seed, program)
         size = sum(shape.numel() for shape in shapes.values())
-        noise = {"dtype": program.dtype, "device": program.device, "generator": generator}
+        noise: dict[str, Any] = {"dtype": program.dtype, "device": program.device, "generator": generator}
         moves = MarginalMetropolis(estimate, self._step_size)
         state = moves.first(torch.randn(self.num_chains, size, **noise), generator)
         kept, accepted = [], []

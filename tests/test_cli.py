@@ -12,10 +12,10 @@ from PIL import Image
 import smcdiff as sd
 import smcdiff.cli
 from smcdiff.cli import main
-from smcdiff.demo import make_demo
 from smcdiff.diffusion.analytic import StandardNormalDenoiser
-from smcdiff.images import read_image
-from smcdiff.report import Truth, psnr, retention
+from smcdiff.restoration.demo import make_demo
+from smcdiff.restoration.images import read_image
+from smcdiff.restoration.report import Truth, psnr, retention
 
 FILES = {
     "observation.png",

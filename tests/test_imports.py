@@ -26,8 +26,6 @@ PARTS: dict[str, set[str]] = {
     "smc": set(),
     "diffusion": set(),
     "measurement": set(),
-    "images": set(),
-    "noise_level": set(),
     "training": set(),
     "zoo": {"diffusion"},
     "guidance": {"smc", "diffusion", "measurement"},
@@ -36,22 +34,20 @@ PARTS: dict[str, set[str]] = {
     "moves": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer"},
     "state_space": {"smc"},
     "__init__": CORE,
+    "restoration": CORE,
+    "cli": CORE | {"restoration"},
 }
-
-#: The jobs of the command line: each may import all of the above, and the jobs before it.
-JOBS = ["acquisition", "restore", "report", "demo", "cli"]
-PARTS |= {job: CORE | {"images", "noise_level", *JOBS[:position]} for position, job in enumerate(JOBS)}
 
 #: Other people's libraries, where not every module may import them: the modules or folders that may.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "arviz": ("diagnostics/arviz.py",),
     "xarray": ("diagnostics/arviz.py",),
-    "matplotlib": ("diagnostics/plots.py", "report.py"),
+    "matplotlib": ("diagnostics/plots.py", "restoration/report.py"),
     "diffusers": ("diffusion/adapters/",),
     "safetensors": ("diffusion/adapters/",),
-    "PIL": ("images.py",),
-    "tqdm": ("infer.py", "moves.py", "training.py", "restore.py", "cli.py"),
-    "numpy": ("diffusion/", "diagnostics/", "zoo/", "images.py", "restore.py", "demo.py", "cli.py"),
+    "PIL": ("restoration/images.py",),
+    "tqdm": ("infer.py", "moves.py", "training.py", "cli.py"),
+    "numpy": ("diffusion/", "diagnostics/", "zoo/", "restoration/"),
     "pyro": (
         "diffusion/",
         "measurement/",
@@ -59,9 +55,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "infer.py",
         "moves.py",
         "state_space.py",
-        "acquisition.py",
-        "restore.py",
-        "demo.py",
+        "restoration/acquisition.py",
     ),
     "torch": ("",),
 }

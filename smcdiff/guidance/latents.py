@@ -11,6 +11,8 @@ transformed distributions. The prior may depend on other latents, so hierarchica
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
@@ -68,7 +70,7 @@ def from_standard_normal(fn: Distribution, z: Tensor) -> Tensor:
     return fn.icdf(torch.special.ndtr(z).clamp(limits.tiny, 1 - limits.eps))
 
 
-def _is_pushed_forward(fn: Distribution) -> bool:
+def _is_pushed_forward(fn: Distribution) -> TypeGuard[TransformedDistribution]:
     """Whether a draw of ``fn`` is a one-to-one function of a draw of its base (that of HalfNormal, |z|, is not)."""
     return isinstance(fn, TransformedDistribution) and all(transform.bijective for transform in fn.transforms)
 

@@ -8,7 +8,7 @@ is written for one particle, as any Pyro program is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -16,7 +16,6 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -94,17 +93,17 @@ class Program:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             trace = pyro.poutine.trace(_Probe()(model)).get_trace(*args, **self._kwargs)
-        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         plates = {name: site["fn"] for name, site in sites.items() if isinstance(site["fn"], _Subsample)}
         sites = {name: site for name, site in sites.items() if name not in plates}
-        laws = {name: site["fn"] for name, site in sites.items() if not site["is_observed"]}
+        laws: dict[str, Distribution] = {name: site["fn"] for name, site in sites.items() if not site["is_observed"]}
         for name, plate in plates.items():
             if plate.subsample_size is not None and plate.subsample_size < plate.size:
                 raise ValueError(
                     f"got the subsampled plate {name!r}; a likelihood of a random part of the data has random "
                     "weights. Use the plate without subsample_size"
                 )
-        self.observed = {
+        self.observed: dict[str, Tensor] = {
             name: site["value"] for name, site in sites.items() if site["is_observed"] and not _is_deterministic(site)
         }
         if not self.observed:
@@ -238,8 +237,9 @@ class Program:
         batch_shape = tuple(fn.batch_shape)
         event_shape = noise_shape(fn, name)[len(batch_shape) :]
         denoiser = StandardNormalDenoiser(event_shape, self.dtype, self.device)
-        schedule, steps, grid = (beside.schedule, beside.num_steps, beside.grid) if beside else (VPSchedule(), 100, None)
-        return ReverseChain(denoiser, schedule, steps, variance="optimal", grid=grid, batch_shape=batch_shape)
+        if beside is None:
+            return ReverseChain(denoiser, VPSchedule(), variance="optimal", batch_shape=batch_shape)
+        return replace(beside, denoiser=denoiser, eta=1.0, variance="optimal", clip=None, batch_shape=batch_shape)
 
 
 class _Fill(Messenger):
@@ -257,7 +257,7 @@ class _Fill(Messenger):
         """The scores with the sites' scale and mask applied."""
         return {name: scale_and_mask(score, *self.weights[name]) for name, score in self.raw.items()}
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if msg["is_observed"]:
             if _is_deterministic(msg):
@@ -275,7 +275,7 @@ class _Fill(Messenger):
 class _Probe(Messenger):
     """Draws diffusion sites by one evaluation of the denoiser at the highest noise, in place of a whole chain."""
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if isinstance(fn, DiffusionPrior) and not msg["is_observed"]:
             chain = fn.chain

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +43,8 @@ class GuidedProposal:
             return step.p
         deviation = step.p.variance.sqrt() * step.gradient  # the shift in standard deviations of p
         if self.max_shift is not None:
-            size = deviation.reshape(len(deviation), -1).square().mean(1).sqrt().reshape(-1, *(1,) * (deviation.ndim - 1))
+            size = deviation.reshape(len(deviation), -1).square().mean(1).sqrt()
+            size = size.reshape(-1, *(1,) * (deviation.ndim - 1))
             deviation = deviation * (self.max_shift / size.clamp(min=self.max_shift))
         return Gaussian(step.p.mean + step.p.variance.sqrt() * deviation, step.p.variance)
 
@@ -62,7 +63,7 @@ class TDS:
     """
 
     model: Callable[..., Any]
-    twist: Twist = PointTwist()
+    twist: Twist = field(default_factory=PointTwist)
     max_shift: float | None = None
 
     def __post_init__(self) -> None:

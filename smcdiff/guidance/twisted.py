@@ -3,7 +3,9 @@ r"""A program, its chains and a method as a Feynman-Kac model: the twisted parti
     initial     x_T ~ N(0, (alpha_T^2 + sigma_T^2) I),           log_g = log psi_T(x_T)
     t -> s      x_s ~ q(x_s given x_t, y),                       log_g = log p(x_s given x_t) - log q(x_s given x_t, y)
                                                                          + log psi_s(x_s) - log psi_t(x_t)
-    s = 0       psi_0 = p(y given x_0), so that the weights of a whole path multiply to p(path) p(y given x_0) / q(path).
+    s = 0       psi_0 = p(y given x_0)
+
+The weights of a whole path multiply to p(path) p(y given x_0) / q(path).
 
 Each particle carries what its one network evaluation gave: x_t, x0_hat, log psi_t and the gradient of the proposal's
 objective. They are resampled together, so nothing is ever computed twice or left behind.

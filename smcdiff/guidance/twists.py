@@ -95,12 +95,12 @@ class TweedieTwist:
             y, mean, precision = prediction.program.moments(x0_hat, "the Tweedie twist")
             by_state = _jacobian(mean, x)
             by_clean = _jacobian(mean, x0_hat)
-        covariance = 0.0
+        covariance = mean.new_zeros(1, count, count)
         for name, latent in prediction.program.latents.items():
             level = latent.chain.levels[prediction.k]
             gain = level.sigma**2 / level.alpha  # 2310.06721, eq. 8: C_t = gain * d x0_hat / d x_t
             covariance = covariance + gain * by_state[name] @ by_clean[name].mT  # (m, dim y, dim y)
-        covariance = torch.as_tensor(covariance).detach()
+        covariance = covariance.detach()
         values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.mT))
         covariance = vectors * values.clamp(min=0)[..., None, :] @ vectors.mT  # a network's need not be symmetric
         noise = 1 / precision.clamp(min=torch.finfo(precision.dtype).tiny ** 0.5)

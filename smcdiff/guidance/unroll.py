@@ -8,7 +8,6 @@ from typing import Any
 from pyro.distributions import Delta
 from pyro.poutine import block
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 
 from smcdiff.diffusion.prior import DiffusionPrior
 from smcdiff.guidance.latents import from_standard_normal
@@ -43,7 +42,7 @@ class _Unroll(Messenger):
         super().__init__()
         self.program = program
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         latent = self.program.latents.get(str(msg["name"]))
         if latent is None or msg["is_observed"]:
             return

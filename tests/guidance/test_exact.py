@@ -91,7 +91,7 @@ def test_evidence_pools_chains_by_the_mean_of_their_evidence() -> None:
     torch.testing.assert_close(log_w.logsumexp(1), per_chain - per_chain.logsumexp(0))
 
 
-@pytest.mark.parametrize("twist", [sd.PointTwist(), sd.WidenedTwist(), sd.TweedieTwist()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("twist", [sd.PointTwist(), sd.WidenedTwist(), sd.TweedieTwist()], ids=lambda twist: str(twist))
 def test_mixture_modes_and_evidence(twist) -> None:
     means = torch.tensor([[-4.0], [0.5], [5.0]], dtype=F64)
     covariances = torch.tensor([0.5, 1.0, 0.25], dtype=F64).reshape(3, 1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -76,7 +78,7 @@ def test_weights_are_the_path_ratio(variance: str, max_shift: float | None) -> N
                 dist.Normal(0.0, latent.chain.initial_scale).log_prob(path[0][name]).sum()
                 for name, latent in joint.latents.items()
             )
-            for k, (here, there) in zip(range(STEPS, 0, -1), zip(path, path[1:], strict=False), strict=True):
+            for k, (here, there) in zip(range(STEPS, 0, -1), itertools.pairwise(path), strict=True):
                 log_q = log_q + log_proposal(joint, k, here, there, max_shift)
             got = states[-1].log_w[c, i]
             assert abs(float(got - (log_p - log_q))) < 1e-10 * max(1.0, abs(float(got)))

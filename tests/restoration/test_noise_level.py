@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from smcdiff.noise_level import Noise, estimate_row_correlation, estimate_sigma, whiten
+from smcdiff.restoration.noise_level import Noise, estimate_row_correlation, estimate_sigma, whiten
 
 
 def correlated(shape, rho, seed=0):

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smcdiff.acquisition import Acquisition, Canvas
 from smcdiff.diagnostics.run import Run
 from smcdiff.diagnostics.verdict import Diagnostics, diagnose
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
@@ -34,6 +33,7 @@ from smcdiff.diffusion.schedule import LogGrid
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.twists import WidenedTwist
 from smcdiff.infer import SMC
+from smcdiff.restoration.acquisition import Acquisition, Canvas
 
 __all__ = ["Effort", "Job", "Restoration", "prepare"]
 

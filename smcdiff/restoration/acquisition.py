@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from smcdiff.diffusion.prior import DiffusionPrior
-from smcdiff.images import Crop
 from smcdiff.measurement import (
     Blur,
     Compose,
@@ -32,7 +31,8 @@ from smcdiff.measurement import (
     LinearOperator,
     TransposeOperator,
 )
-from smcdiff.noise_level import Noise, whiten
+from smcdiff.restoration.images import Crop
+from smcdiff.restoration.noise_level import Noise, whiten
 
 __all__ = ["Acquisition", "Canvas", "Whiten", "Window", "blurred", "coarse", "gaussian_psf", "masked", "sharp"]
 
@@ -62,7 +62,7 @@ class Window(TransposeOperator):
 @final
 @dataclass(frozen=True, eq=False)
 class Whiten(TransposeOperator):
-    """y = W x, the map of every row that makes noise of this row correlation white (:mod:`smcdiff.noise_level`).
+    """y = W x, the map of every row that makes noise of this correlation white: see :mod:`.noise_level`.
 
     Args:
         row_correlation: rho, in [0, 1).

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smcdiff.images import write_png
-from smcdiff.restore import Restoration
+from smcdiff.restoration.images import write_png
+from smcdiff.restoration.restore import Restoration
 
 __all__ = ["Truth", "psnr", "retention", "write_report"]
 
@@ -140,8 +140,8 @@ def _against(truth: Truth, result: Restoration) -> list[str]:
         f"  PSNR of the posterior mean  {psnr(result.mean, truth.image):.2f} dB",
         f"  inside the 90 % interval    {100 * float(inside.mean()):.1f} % of all pixels, "
         f"{100 * float(inside[there].mean()):.1f} % of the defect's",
-        f"  the defect ({truth.name}, {int(there.sum())} pixels): {100 * kept:.0f} % +- {100 * spread:.0f} % of it is kept; "
-        "0 % is a normal wafer",
+        f"  the defect ({truth.name}, {int(there.sum())} pixels): {100 * kept:.0f} % +- {100 * spread:.0f} % of it is "
+        "kept; 0 % is a normal wafer",
     ]
     if result.y.shape == truth.image.shape:
         lines.insert(1, f"  PSNR of the picture         {psnr(result.y, truth.image):.2f} dB")

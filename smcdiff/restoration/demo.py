@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smcdiff.acquisition import Acquisition, blurred
-from smcdiff.noise_level import Noise
-from smcdiff.report import Truth
+from smcdiff.restoration.acquisition import Acquisition, blurred
+from smcdiff.restoration.noise_level import Noise
+from smcdiff.restoration.report import Truth
 from smcdiff.zoo.wafer import Wafer
 
 __all__ = ["Demo", "make_demo"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import smcdiff as sd
-from smcdiff.acquisition import Acquisition, Whiten, Window, blurred, coarse, gaussian_psf, masked, sharp
-from smcdiff.images import Crop
-from smcdiff.noise_level import Noise, whiten
-from smcdiff.restore import Effort, prepare
+from smcdiff.restoration.acquisition import Acquisition, Whiten, Window, blurred, coarse, gaussian_psf, masked, sharp
+from smcdiff.restoration.images import Crop
+from smcdiff.restoration.noise_level import Noise, whiten
+from smcdiff.restoration.restore import Effort, prepare
 from tests.guidance.exact import chain_law
 
 MASK = torch.tensor([[[1.0, 0, 1], [1, 1, 0]]])

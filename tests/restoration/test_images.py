@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smcdiff.images import Crop, ImageFileError, read_image, read_mask, write_png
+from smcdiff.restoration.images import Crop, ImageFileError, read_image, read_mask, write_png
 
 
 def save_png16(path, values):
