@@ -238,7 +238,7 @@ def on_two_processes(mode: str, n: int, d: int, steps: int, store: Path) -> floa
 
 
 def timed(sides: dict[str, Side], n: int, d: int, rounds: int, clock: int) -> dict[str, list[float]]:
-    """Seconds per step of each side, over rounds in which all take turns; clock is 0 for the wall's, 1 the processor's."""
+    """Seconds per step of each side, over rounds in which all take turns; clock 0 is the wall's, 1 the processor's."""
     steps = max(4, min(100, 1_000_000 // (n * max(1, d // 8))))
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):

@@ -1,9 +1,8 @@
 """The ``particles`` library's side of filter_step.py: runs in an environment of its own, with numpy below 2.
 
 Reads lines ``n d steps`` and answers each with the seconds, on the clock and of the processor, that a bootstrap filter
-took, or ``memory n d steps`` with
-the bytes that its peak lay above the start. The model is written as a Feynman-Kac model in plain numpy, which spares
-the library its own distributions.
+took, or ``memory n d steps`` with the bytes that its peak lay above the start. The model is written as a Feynman-Kac
+model in plain numpy, which spares the library its own distributions.
 """
 
 from __future__ import annotations

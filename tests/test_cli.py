@@ -13,9 +13,13 @@ import smcdiff as sd
 import smcdiff.cli
 from smcdiff.cli import main
 from smcdiff.diffusion.analytic import StandardNormalDenoiser
+from smcdiff.restoration.acquisition import sharp
 from smcdiff.restoration.demo import make_demo
 from smcdiff.restoration.images import read_image
+from smcdiff.restoration.noise_level import Noise
 from smcdiff.restoration.report import Truth, psnr, retention
+from smcdiff.restoration.restore import Effort, prepare
+from tests.guidance.exact import chain_law
 
 FILES = {
     "observation.png",
@@ -54,17 +58,10 @@ def test_restore_writes_the_exact_posterior(white_noise_prior, tmp_path, capsys)
     effort = ["--particles", "400", "--chains", "16", "--steps", "40", "--quiet"]
     assert main(["restore", str(tmp_path / "a.png"), "--sigma", "0.5", "--out", str(tmp_path / "out"), *effort]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    # one pixel: x ~ N(0, v), y = x + 0.5 eps; v is the chain's variance, near 1, by its recursion
-    chain = sd.DiffusionPrior(
-        StandardNormalDenoiser(torch.Size((1,)), torch.float64, torch.device("cpu")),
-        sd.VPSchedule(),
-        num_steps=40,
-        grid=sd.LogGrid(),
-    ).chain
-    v = chain.initial_scale**2
-    for k in range(40, 0, -1):
-        step = chain.step(k)
-        v = (step.b + step.c * step.t.alpha / (step.t.alpha**2 + step.t.sigma**2)) ** 2 * v + step.kappa**2
+    # one pixel: x ~ N(0, v), y = x + 0.5 eps; v is the variance of the discretised chain, near 1, by its recursion
+    picture, effort = read_image(tmp_path / "a.png"), Effort(steps=40)
+    job = prepare(picture, sharp(Noise(0.5)), lambda shape: smcdiff.cli.load_prior("any", event_shape=shape), effort)
+    v = float(chain_law(job.prior, torch.zeros(1).double(), torch.eye(1).double()).covariance)
     y = 2 * values.astype(float) / 255 - 1
     expected, spread = v / (v + 0.25) * y, np.sqrt(v * 0.25 / (v + 0.25))
     idata = arviz.from_netcdf(str(tmp_path / "out" / "posterior.nc"))

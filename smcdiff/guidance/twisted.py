@@ -58,6 +58,9 @@ class TwistedModel:
             raise ValueError(f"got max_batch {max_batch}; expected at least 1 particle, or None for all at once")
         self.program, self.method, self.max_batch = program, method, max_batch
         self.evaluations = Evaluations()
+        #: The last evaluation's graph, its buffers gone. While its nodes live, a CPU's allocator keeps the memory between
+        #: them for the next evaluation instead of handing it back page by page; measured in benchmarks/overhead.py.
+        self._spent_graph: Tensor | None = None
         #: False once a point mass other than the chain's own was proposed: such a path has no weight.
         self.has_density = True
 
@@ -146,7 +149,8 @@ class TwistedModel:
         for start in range(0, b * n, size):
             chunk = {name: value[start : start + size] for name, value in flat.items()}
             parts.append(self._predict(k, chunk) if k else {**chunk, "log_psi": self.program.log_prob(chunk)})
-        particles = {key: torch.cat([part[key] for part in parts]).unflatten(0, (b, n)) for key in parts[0]}
+        whole = parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        particles = {key: value.unflatten(0, (b, n)) for key, value in whole.items()}
         return particles, _faults(particles)
 
     def _predict(self, k: int, x: dict[str, Tensor]) -> Particles:
@@ -167,6 +171,7 @@ class TwistedModel:
                     objective.sum(), list(x.values()), allow_unused=True, materialize_grads=True
                 )
                 gradients = dict(zip(x, found, strict=True))
+                self._spent_graph = objective
         diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())  # these have networks
         self.evaluations.forward += diffusion * len(log_psi)
         self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
@@ -203,5 +208,6 @@ def _faults(particles: Particles) -> dict[str, Tensor]:
     for key, value in particles.items():
         site, _, part = key.rpartition("/")
         if site and part in named:
-            faults[named[part].format(site)] = ~torch.isfinite(value).flatten(1).all(1)  # over particles and event
+            total = value.flatten(1).sum(1)  # over particles and event: one value that is not finite makes it so
+            faults[named[part].format(site)] = ~torch.isfinite(total)
     return faults

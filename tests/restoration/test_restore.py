@@ -93,6 +93,7 @@ def test_unknown_noise_level_follows_the_data():
     y = mean + 0.3 * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
     job = prepare(y, sharp(Noise(0.2, width=0.5)), known, Effort(particles=500, chains=16, steps=60, seed=2))
     result = job.run(progress=False)
+    assert result.diagnostics.pooled_ess > 1000 and result.exponent == 1.0
     log_sigma = torch.linspace(math.log(0.05), math.log(1.0), 2001, dtype=torch.float64)
     square = float((y - mean).square().sum())
     log_p = -36 * log_sigma - square / 2 * torch.exp(-2 * log_sigma) - 0.5 * ((log_sigma - math.log(0.2)) / 0.5) ** 2
