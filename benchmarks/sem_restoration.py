@@ -50,7 +50,7 @@ _GAUSSIAN: dict[str, list[Any]] = {"sigma": [0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 
 _NON_LOCAL_MEANS: dict[str, list[Any]] = {
     "patch_size": [5, 7, 9],
     "patch_distance": [3, 5, 7],
-    "h": [0.07, 0.08, 0.09, 0.1, 0.11, 0.12],
+    "h": [0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.16],
     "sigma": [0.0, 0.05, 0.08],
 }
 

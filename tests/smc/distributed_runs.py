@@ -1,6 +1,6 @@
-"""Two processes that run one filter together; used by test_distributed.py.
+"""Processes that run one filter together; used by test_distributed.py.
 
-``python distributed_runs.py FOLDER SCENARIO ...`` imports torch once and forks two ranks for each scenario, which meet
+``python distributed_runs.py FOLDER SCENARIO ...`` imports torch once and forks the ranks of each scenario, which meet
 through a file in the folder and talk over the loopback interface. Each rank saves what it found, or the error that
 ended it, in the folder; the exit codes are printed.
 """
@@ -27,7 +27,6 @@ from smcdiff.smc.checkpoint import Checkpoint
 from smcdiff.smc.distributed import ChainsOverRanks, ChainsResult, ParticlesOverRanks, ParticlesResult
 from tests.smc.models import CPU, Bootstrap, HiddenMarkov, LinearGaussian, OptimallyTwisted
 
-RANKS = 2
 LONG = Bootstrap(LinearGaussian.example(2, num_steps=30))
 NUMBERS = {"num_particles": 8, "num_chains": 4, "seed": 6}
 
@@ -248,6 +247,12 @@ def sharded(result: ParticlesResult) -> dict[str, Any]:
     return {**parts, "ancestors": result.records.ancestors, "resampled": result.records.resampled}
 
 
+def three_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    """Particles come from two other ranks at once."""
+    labelled = Labelled(Bootstrap(LinearGaussian.example(3, num_steps=12)), rank)
+    return {"labelled": sharded(ParticlesOverRanks().run(labelled, num_particles=12, num_chains=7, seed=3))}
+
+
 def chains(result: ChainsResult) -> dict[str, Any]:
     local = result.local
     alone = {"particles": local.particles, "local log_z": local.log_z, "ancestors": local.records.ancestors}
@@ -257,8 +262,8 @@ def chains(result: ChainsResult) -> dict[str, Any]:
 def fork(scenario: str, folder: Path) -> list[int]:
     """Fork the ranks, wait for both; their exit codes."""
     store = folder / f"{scenario}.{os.getpid()}.store"
-    children = []
-    for rank in range(RANKS):
+    children, ranks = [], 3 if scenario == "three_ranks" else 2
+    for rank in range(ranks):
         child = os.fork()
         if child == 0:
             code = 1
@@ -267,7 +272,7 @@ def fork(scenario: str, folder: Path) -> list[int]:
                     "gloo",
                     init_method=f"file://{store}",
                     rank=rank,
-                    world_size=RANKS,
+                    world_size=ranks,
                     timeout=timedelta(seconds=30),
                 )
                 torch.save(globals()[scenario](rank, folder), folder / f"{scenario}.{rank}.pt")

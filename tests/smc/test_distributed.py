@@ -1,4 +1,4 @@
-"""Two processes run one filter: exact answers, the fewest particles moved, ranks that die, runs that go on."""
+"""Several processes run one filter: exact answers, the fewest particles moved, ranks that die, runs that go on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from smcdiff.smc import ParticleFilter, Systematic
+from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
+from smcdiff.smc.distributed import _Saver
 from smcdiff.smc.genealogy import paths, roots
 from smcdiff.smc.ranks import Ranks
 from smcdiff.smc.resampling import Multinomial
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 SCENARIOS = [
     "exact",
+    "three_ranks",
     "errors",
     "dies",
     "dies_in_chains",
@@ -43,7 +46,7 @@ SCENARIOS = [
 
 @dataclass(frozen=True)
 class Scenario:
-    """Exit codes of the two ranks, and what those that came to their end saved."""
+    """Exit codes of the ranks, and what those that came to their end saved."""
 
     codes: list[int]
     found: list[dict[str, Any]]
@@ -59,7 +62,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     codes = [[int(code) for code in line.split()] for line in done.stdout.splitlines()]
     ended = {}
     for name, pair in zip(SCENARIOS, codes, strict=True):
-        files = [folder / f"{name}.{rank}.pt" for rank in range(distributed_runs.RANKS)]
+        files = [folder / f"{name}.{rank}.pt" for rank in range(len(pair))]
         ended[name] = Scenario(pair, [torch.load(file, weights_only=True) for file in files if file.exists()])
     assert not any(1 in pair for pair in codes), done.stderr
     return ended
@@ -130,13 +133,15 @@ def test_chains_over_ranks_pool_the_chains_of_all(exact: list[dict[str, Any]]) -
         assert torch.equal(alone.particles["state"], found["particles"]["state"])
 
 
-def test_the_right_particles_travel_whole(exact: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("scenario", "ranks", "n"), [("exact", 2, 10), ("three_ranks", 3, 12)])
+def test_the_right_particles_travel_whole(scenarios: dict[str, Scenario], scenario: str, ranks: int, n: int) -> None:
     """What the final particles carry, in six dtypes and shapes, is what the recorded ancestors say."""
-    halves = [rank["labelled"] for rank in exact]
-    whole = {name: torch.cat([half["particles"][name] for half in halves], 1) for name in halves[0]["particles"]}
-    ancestors = halves[0]["ancestors"]
-    assert torch.equal(ancestors, halves[1]["ancestors"])
-    root, chain = roots(ancestors)[-1], torch.arange(7)[:, None].expand(7, 10)
+    shards = [rank["labelled"] for rank in scenarios[scenario].found]
+    assert len(shards) == ranks
+    whole = {name: torch.cat([shard["particles"][name] for shard in shards], 1) for name in shards[0]["particles"]}
+    ancestors = shards[0]["ancestors"]
+    assert all(torch.equal(ancestors, shard["ancestors"]) for shard in shards)
+    root, chain = roots(ancestors)[-1], torch.arange(7)[:, None].expand(7, n)
     assert torch.equal(whole["root"], root)
     assert torch.equal(whole["odd"], root % 2 == 1)
     assert torch.equal(whole["chain"], chain.to(torch.uint8))
@@ -147,11 +152,12 @@ def test_the_right_particles_travel_whole(exact: list[dict[str, Any]]) -> None:
     for i in range(1, 13):
         same = line[i][:, :, None] == line[i][:, None, :]
         assert torch.equal(same, (whole["path"][:, :, None, i] == whole["path"][:, None, :, i]).all(-1))
-    assert (halves[0]["moved"] > 0).any(), "nothing travelled, so nothing was tested"
-    assert torch.equal(halves[0]["moved"], moved(ancestors, 2))
-    torch.testing.assert_close(
-        torch.cat([half["w"] for half in halves], 1).sum(1), torch.ones(7, dtype=torch.float64), rtol=1e-12, atol=0
-    )
+    assert (shards[0]["moved"] > 0).any(), "nothing travelled, so nothing was tested"
+    assert torch.equal(shards[0]["moved"], moved(ancestors, ranks))
+    offspring = torch.nn.functional.one_hot(ancestors // (n // ranks), ranks).sum(-2)
+    assert torch.equal(shards[0]["moved"], (offspring - n // ranks).clamp(min=0).sum(-1))
+    w = torch.cat([shard["w"] for shard in shards], 1)
+    torch.testing.assert_close(w.sum(1), torch.ones(7, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_as_few_particles_move_as_there_is_surplus(exact: list[dict[str, Any]]) -> None:
@@ -252,6 +258,64 @@ def test_a_run_killed_on_one_rank_goes_on_bit_for_bit(scenarios: dict[str, Scena
     for before, after in zip(scenarios["straight"].found, scenarios["resumed"].found, strict=True):
         for mode in ("particles", "chains"):
             assert same(before[mode], after[mode]), mode
+
+
+class Alone:
+    """One process that is all the ranks there are."""
+
+    rank, count = 0, 1
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value[None]
+
+    def settle(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+
+def test_the_file_written_over_is_never_the_one_all_ranks_have(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "run.pt", {"program": "a"}, every_seconds=None, every_steps=1)
+    states = list(ParticleFilter().iterate(HiddenMarkov.example(), num_particles=2, seed=0))
+
+    def held() -> list[int]:
+        files = sorted(tmp_path.glob("run.rank0.?.pt"))
+        return sorted(int(torch.load(file, weights_only=True)["state"]["step"]) for file in files)
+
+    for begin, end in ((0, 3), (3, 5), (5, 7)):  # an odd number of writes, an even one, and one that is not a first
+        saver = _Saver(checkpoint, {}, Alone())  # type: ignore[arg-type]
+        start = saver.start(torch.device("cpu"))
+        assert (start is None) if begin == 0 else (start is not None and start.step == begin - 1)
+        for state in states[begin:end]:
+            before = held()
+            saver.keep(state)
+            assert held() == sorted({*before[-1:], state.step})
+
+
+def test_a_write_that_fails_is_a_warning_and_the_next_goes_to_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "run.pt", {"program": "a"}, every_seconds=None, every_steps=1)
+    states = list(ParticleFilter().iterate(HiddenMarkov.example(), num_particles=2, seed=0))
+    saver = _Saver(checkpoint, {}, Alone())  # type: ignore[arg-type]
+    saver.keep(states[0])
+    saver.keep(states[1])
+
+    def full(*arguments: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smcdiff.smc.distributed.save", full)
+        with pytest.warns(CheckpointWarning, match="the disk is full; the run goes on"):
+            saver.keep(states[2])
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            _Saver(checkpoint, {}, Alone()).keep(states[2])  # type: ignore[arg-type]
+    saver.keep(states[3])
+    assert (tmp_path / "run.rank0.b.pt").exists()
+    start = _Saver(checkpoint, {}, Alone()).start(torch.device("cpu"))  # type: ignore[arg-type]
+    assert start is not None and start.step == 3
+    (tmp_path / "run.rank0.a.pt").unlink()
+    start = _Saver(checkpoint, {}, Alone()).start(torch.device("cpu"))  # type: ignore[arg-type]
+    assert start is not None and start.step == 1
 
 
 def test_a_checkpoint_of_another_run_is_refused_on_every_rank(scenarios: dict[str, Scenario]) -> None:
