@@ -4,9 +4,9 @@
 
 Both sides put the same batch through the same network the same number of times, forward and backward with respect to
 the input, in one process, taking turns. The TDS run is a whole ``sd.SMC(...).run(y)``: the probe of the program, the
-twist, the proposal, the weights, the resampling and the pointwise likelihood of the result are all in it. The last
-line is the median over rounds of the ratio within a round; the goal is at most 1.05. Where other programs share the machine, the ratio of the
-processor times is the one to read. A third side is the same network call without its gradient.
+twist, the proposal, the weights, the resampling and the pointwise likelihood of the result are all in it. The last line
+is the median over rounds of the ratio within a round; the goal is at most 1.05. Where other programs share the machine,
+the ratio of the processor times is the one to read. A third side is the same network call without its gradient.
 """
 
 from __future__ import annotations

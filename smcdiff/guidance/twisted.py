@@ -58,8 +58,8 @@ class TwistedModel:
             raise ValueError(f"got max_batch {max_batch}; expected at least 1 particle, or None for all at once")
         self.program, self.method, self.max_batch = program, method, max_batch
         self.evaluations = Evaluations()
-        #: The last evaluation's graph, its buffers gone. While its nodes live, a CPU's allocator keeps the memory between
-        #: them for the next evaluation instead of handing it back page by page; measured in benchmarks/overhead.py.
+        #: The last evaluation's graph, its buffers gone. While its nodes live, a CPU's allocator keeps the memory
+        #: between them for the next evaluation and does not hand it back page by page; see benchmarks/overhead.py.
         self._spent_graph: Tensor | None = None
         #: False once a point mass other than the chain's own was proposed: such a path has no weight.
         self.has_density = True
