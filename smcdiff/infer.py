@@ -221,10 +221,11 @@ class SMC:
         flat = {name: state.flatten(0, 1) for name, state in states.items()}
         total = self.num_chains * self.num_particles
         size = self._max_batch or total
-        parts = [
-            function({name: state[start : start + size] for name, state in flat.items()})
-            for start in range(0, total, size)
-        ]
+        with torch.no_grad():
+            parts = [
+                function({name: state[start : start + size] for name, state in flat.items()})
+                for start in range(0, total, size)
+            ]
         shape = (self.num_chains, self.num_particles)
         return {name: torch.cat([part[name] for part in parts]).unflatten(0, shape) for name in parts[0]}
 

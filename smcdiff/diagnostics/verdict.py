@@ -167,6 +167,14 @@ def _about_chains(n: int, log_z: Tensor, spread: float, min_ess: float) -> list[
                 "Run it with a step that has a density and several particles, or compare with a weighted method.",
             )
         )
+    if len(log_z) == 1 or n == 1:
+        found.append(
+            Finding(
+                "doubtful",
+                "With one chain, or one particle a chain, there is nothing to compare it with.",
+                "Run at least four chains of several particles before trusting anything here.",
+            )
+        )
     if spread > 1:
         found.append(
             Finding(

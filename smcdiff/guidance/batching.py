@@ -14,6 +14,8 @@ __all__ = ["bytes_per_particle", "free_bytes", "pick_max_batch"]
 
 #: Share of the free memory that a batch may fill; gradients and temporaries double what the graph saves.
 _SHARE, _FACTOR = 0.5, 2.0
+#: Taken to be free where the system does not say, in bytes.
+_UNKNOWN = 2 * 2**30
 
 
 def bytes_per_particle(program: Program, method: Method) -> int:
@@ -44,7 +46,10 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device now, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # systems that do not say
+        return _UNKNOWN
 
 
 def pick_max_batch(program: Program, method: Method) -> int:

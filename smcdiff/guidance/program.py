@@ -112,7 +112,18 @@ class Program:
                 "that the program passes on as obs="
             )
         for name, value in self.observed.items():
-            _check_observation(name, sites[name]["fn"], value)
+            _check_observation(name, sites[name]["fn"], value, sites[name]["mask"])
+        if not laws:
+            raise ValueError(
+                f"got a program without latents, with the sites {sorted(sites)}; there is nothing to infer. Its "
+                "evidence is pyro.poutine.trace(model).get_trace(...).log_prob_sum()"
+            )
+        for name in laws:
+            if sites[name]["mask"] is not None or not _is_one(sites[name]["scale"]):
+                raise ValueError(
+                    f"got the latent {name!r} under poutine.scale or poutine.mask; a chain has the density of its "
+                    "prior. Change the prior itself, or weigh it by pyro.factor"
+                )
         chains = _diffusion_chains(laws)
         first = next(iter(chains.values()), None)
         self.dtype, self.device = self._number_format(first)
@@ -175,7 +186,7 @@ class Program:
             fill = self._run(state, moments_of)
             rows = []
             for name, pair in fill.raw.items():
-                weight = scale_and_mask(torch.ones_like(pair[1]), *fill.weights[name])
+                weight = fill.weights[name](torch.ones_like(pair[1]))
                 rows.append(torch.stack((pair[0], pair[1] * weight)).flatten(1))
             return torch.cat(rows, -1)
 
@@ -250,12 +261,12 @@ class _Fill(Messenger):
         self.state, self.score = state, score
         self.values: dict[str, Tensor] = {}
         self.raw: dict[str, Tensor] = {}
-        self.weights: dict[str, tuple[Any, Any]] = {}
+        self.weights: dict[str, Callable[[Tensor], Tensor]] = {}
 
     @property
     def terms(self) -> dict[str, Tensor]:
         """The scores with the sites' scale and mask applied."""
-        return {name: scale_and_mask(score, *self.weights[name]) for name, score in self.raw.items()}
+        return {name: self.weights[name](score) for name, score in self.raw.items()}
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -264,7 +275,7 @@ class _Fill(Messenger):
                 self.values[name] = msg["value"]
             else:
                 self.raw[name] = self.score(name, fn, msg["value"])
-                self.weights[name] = (msg["scale"], msg["mask"])
+                self.weights[name] = _weight(len(fn.batch_shape), msg["scale"], msg["mask"])
         elif name in self.state:
             state = self.state[name]
             msg["value"] = state if isinstance(fn, DiffusionPrior) else from_standard_normal(fn, state)
@@ -282,6 +293,19 @@ class _Probe(Messenger):
             noise = torch.randn(chain.shape, dtype=chain.denoiser.dtype, device="cpu").to(chain.denoiser.device)
             estimate = chain.estimate(chain.num_steps, chain.initial_scale * noise[None])
             msg["value"], msg["done"] = estimate.mean[0], True
+
+
+def _weight(batch_dim: int, scale: Any, mask: Any) -> Callable[[Tensor], Tensor]:
+    """Pyro's scale and mask of a site, whose axes are those of the law's batch, for scores that keep the event's."""
+
+    def weigh(score: Tensor) -> Tensor:
+        event = (None,) * (score.ndim - batch_dim)
+        scale_there, mask_there = (
+            part[(..., *event)] if isinstance(part, Tensor) and part.ndim else part for part in (scale, mask)
+        )
+        return scale_and_mask(score, scale_there, mask_there)
+
+    return weigh
 
 
 def _is_deterministic(site: Any) -> bool:
@@ -305,19 +329,39 @@ def _diffusion_chains(laws: dict[str, Distribution]) -> dict[str, ReverseChain]:
     return chains
 
 
-def _check_observation(name: str, fn: Distribution, value: Tensor) -> None:
+def _is_one(scale: Any) -> bool:
+    return bool((torch.as_tensor(scale) == 1).all())
+
+
+def _check_observation(name: str, fn: Distribution, value: Tensor, mask: Any) -> None:
     law = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
     if not isinstance(value, Tensor):
         raise ValueError(f"got a {type(value).__name__} as the measurement at {name!r}; expected a tensor")
+    if value.is_complex():
+        raise ValueError(f"got a complex measurement at {name!r}; give real and imaginary part, torch.view_as_real(y)")
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         raise ValueError(
             f"got a measurement at {name!r} with {bad} of {value.numel()} values NaN or infinite; leave these pixels "
-            "out with sd.Mask or pyro.poutine.mask, and fill them with any finite number"
+            "out with sd.Select, in the operator and in the measurement"
         )
     expected = law.batch_shape + law.event_shape
     if value.shape != expected:
         raise ValueError(
             f"got a measurement at {name!r} of shape {tuple(value.shape)}; its law {type(law).__name__} has shape "
             f"{tuple(expected)}. Give a measurement of that shape, or put the site in a pyro.plate of the data's size"
+        )
+    if isinstance(mask, Tensor) and mask.ndim > len(law.batch_shape):
+        raise ValueError(
+            f"got a mask of shape {tuple(mask.shape)} on the site {name!r}, whose batch shape is "
+            f"{tuple(law.batch_shape)}; Pyro masks whole events. Leave parts of an event out with sd.Select"
+        )
+    support: Any = law.support
+    inside = support.check(value)
+    if mask is not None:
+        inside = inside | ~torch.as_tensor(mask)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"got a measurement at {name!r} that its law {type(law).__name__} cannot give: expected values in "
+            f"{support}. Check its units, or take another law"
         )

@@ -67,7 +67,8 @@ class TweedieTwist:
     C_t is the exact covariance of x_0 given x_t (Tweedie), J the derivative of the measurement's mean with respect to
     the latents at x0_hat: the operator's matrix where it is linear, a linearisation of the program elsewhere. All
     latents enter, the exactly known variance of the standard normal ones included. It takes one vector-Jacobian
-    product of the network per measured value; through the covariance no gradient is taken.
+    product of the network per measured value; through the covariance no gradient is taken. Its eigenvalues are taken
+    on the host's time on some devices: this twist is for few measured values, not for speed.
 
     Args:
         max_measurements: largest number of measured values accepted.
@@ -97,6 +98,8 @@ class TweedieTwist:
             by_clean = _jacobian(mean, x0_hat)
         covariance = mean.new_zeros(1, count, count)
         for name, latent in prediction.program.latents.items():
+            if name in prediction.program.held:
+                continue  # known, so without variance
             level = latent.chain.levels[prediction.k]
             gain = level.sigma**2 / level.alpha  # 2310.06721, eq. 8: C_t = gain * d x0_hat / d x_t
             covariance = covariance + gain * by_state[name] @ by_clean[name].mT  # (m, dim y, dim y)
