@@ -9,8 +9,8 @@
     multinomial  torch.multinomial, float64, for scale.
 
 All take turns on the same weights, one thread; times are medians per call. The second table counts, over many draws,
-calls with a particle of zero weight among the ancestors or a number of offspring that is not n w rounded up or down:
-one way for all sizes is taken because the integer one is never wrong, and its time is the third column.
+calls with a particle of zero weight among the ancestors, and calls in which a number of offspring is not n w rounded up
+or down. smcdiff takes one way for all sizes, the one whose rightness does not depend on rounding; this is its price.
 """
 
 from __future__ import annotations

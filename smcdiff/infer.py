@@ -194,8 +194,10 @@ class SMC:
         return diagnose(self._done.run)
 
     def summary(self) -> str:
-        """The diagnostics as text."""
-        return str(self.diagnostics())
+        """A table of the latent sites, and the diagnostics below it, as text."""
+        from smcdiff.diagnostics.summary import summarise
+
+        return summarise(self._done.run)
 
     def to_arviz(self) -> Any:
         """The run as an ArviZ object: InferenceData on ArviZ 0.23, DataTree on ArviZ 1."""

@@ -1,8 +1,8 @@
 """Run a filter with checkpoints in child processes and kill them again and again; used by test_checkpoint.
 
 A fresh process that imports torch once and forks: each child runs the filter from its checkpoint, and is killed by
-SIGKILL after a random time, fifteen times or until one comes to the end; the last one may finish. It prints how far the
-checkpoint was at each killing.
+SIGKILL at a random moment after it has come some random number of steps further, fifteen times or until one comes to
+the end; the last one may finish. It prints how far the checkpoint was at each killing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smcdiff.smc import ParticleFilter
 from smcdiff.smc.checkpoint import Checkpoint
 from tests.smc.models import Bootstrap, LinearGaussian
 
-MODEL = Bootstrap(LinearGaussian.example(2, num_steps=100))
+MODEL = Bootstrap(LinearGaussian.example(2, num_steps=200))
 NUMBERS = {"num_particles": 40, "num_chains": 3, "seed": 11}
 
 
@@ -49,7 +49,9 @@ def main(folder: Path) -> None:
             finally:
                 os._exit(0)
         if len(kills) < 15:
-            time.sleep(delays.uniform(0.005, 0.15))
+            goal = kept_step(folder) + delays.randint(3, 15)
+            while kept_step(folder) < goal and not (folder / "result.pt").exists():
+                time.sleep(delays.uniform(0.0, 0.003))
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills.append(kept_step(folder))
