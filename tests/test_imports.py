@@ -23,12 +23,13 @@ CORE = {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "
 
 #: Which part of the library may import which.
 PARTS: dict[str, set[str]] = {
+    "transforms": set(),
     "smc": set(),
-    "diffusion": set(),
-    "measurement": set(),
+    "diffusion": {"transforms"},
+    "measurement": {"transforms"},
     "training": set(),
     "zoo": {"diffusion"},
-    "guidance": {"smc", "diffusion", "measurement"},
+    "guidance": {"transforms", "smc", "diffusion", "measurement"},
     "diagnostics": {"smc"},
     "infer": {"smc", "diffusion", "measurement", "guidance", "diagnostics"},
     "moves": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer"},

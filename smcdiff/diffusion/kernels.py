@@ -35,6 +35,7 @@ from torch import Tensor
 
 from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.schedule import NoiseLevel
+from smcdiff.transforms import PIXELS, Basis
 
 __all__ = ["Gaussian", "ReverseStep", "Variance", "transition"]
 
@@ -44,19 +45,25 @@ VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A normal law with independent entries, or a point where the variance is None.
+    """A normal law with independent coordinates in an orthonormal basis, or a point where the variance is None.
 
     Args:
         mean: shape (..., *event).
-        variance: broadcastable to ``mean`` and positive; None for the point mass at ``mean``.
+        variance: of the coordinates V^T (x - mean), broadcastable to ``mean`` and positive; None for the point mass at
+            ``mean``.
+        basis: V; the event's own entries by default. A variance that is one number for all entries is the same in
+            every basis.
     """
 
     mean: Tensor
     variance: Tensor | None
+    basis: Basis = PIXELS
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + sqrt(variance) noise, with standard normal noise of the shape of ``mean``."""
-        return self.mean if self.variance is None else self.mean + self.variance.sqrt() * noise
+        """mean + V sqrt(variance) noise, with standard normal noise of the shape of ``mean``."""
+        if self.variance is None:
+            return self.mean
+        return self.mean + self.basis.from_spectral(self.variance.sqrt() * noise)
 
     def log_prob(self, x: Tensor, event_dim: int) -> Tensor:
         """log N(x; self), summed over the event in float64; of a point mass 0 at its mean and -inf elsewhere."""
@@ -64,7 +71,8 @@ class Gaussian:
         if self.variance is None:
             there = torch.isclose(x, self.mean, rtol=1e-5, atol=1e-7).reshape(*shape, -1).all(-1)
             return torch.where(there, 0.0, -torch.inf).double()
-        terms = (x - self.mean) ** 2 / self.variance + self.variance.log() + math.log(2 * math.pi)
+        residual = self.basis.to_spectral(x - self.mean)
+        terms = residual**2 / self.variance + self.variance.log() + math.log(2 * math.pi)
         return -0.5 * terms.reshape(*shape, -1).sum(-1, dtype=torch.float64)
 
     def log_density_ratio(self, other: Gaussian, x: Tensor, event_dim: int) -> Tensor:
@@ -74,7 +82,8 @@ class Gaussian:
         """
         if self.variance is None or other.variance is None:
             return x.new_zeros(x.shape[: x.ndim - event_dim], dtype=torch.float64)
-        terms = (x - other.mean) ** 2 / other.variance - (x - self.mean) ** 2 / self.variance
+        ours, theirs = self.basis.to_spectral(x - self.mean), other.basis.to_spectral(x - other.mean)
+        terms = theirs**2 / other.variance - ours**2 / self.variance
         if self.variance is not other.variance:
             terms = terms + (other.variance / self.variance).log()
         return 0.5 * terms.reshape(*x.shape[: x.ndim - event_dim], -1).sum(-1, dtype=torch.float64)

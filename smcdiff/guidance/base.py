@@ -55,6 +55,9 @@ class SiteStep:
     """One latent about to take the step from level t to level s.
 
     Args:
+        program: whose latent it is.
+        name: its site.
+        k: index of the level t; the step reaches level k - 1.
         coefficients: alpha, sigma, b, c and kappa of the step.
         x: x_t, (m, *shape).
         estimate: what the denoiser said at x_t.
@@ -62,6 +65,9 @@ class SiteStep:
         gradient: of the proposal's objective with respect to x_t, (m, *shape); None where it has no objective.
     """
 
+    program: Program
+    name: str
+    k: int
     coefficients: ReverseStep
     x: Tensor
     estimate: Estimate

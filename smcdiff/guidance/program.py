@@ -27,7 +27,7 @@ from smcdiff.diffusion.schedule import VPSchedule
 from smcdiff.guidance.latents import from_standard_normal, noise_shape
 from smcdiff.measurement.noise import gaussian_moments
 
-__all__ = ["Latent", "Program", "Score", "not_gaussian", "pointwise_log_prob"]
+__all__ = ["Latent", "Probe", "Program", "Score", "not_gaussian", "pointwise_log_prob"]
 
 #: log-density of an observed site, elementwise or already summed: (site name, its law, its value) -> tensor.
 Score = Callable[[str, Distribution, Tensor], Tensor]
@@ -64,6 +64,21 @@ class Latent:
     name: str
     chain: ReverseChain
     is_diffusion: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One run of a program on arbitrary latents: what it is made of, before any particle exists.
+
+    Args:
+        values: of the latents, {site: tensor}.
+        laws: of the observed sites given these, {site: law}.
+        weighted: the observed sites under a mask or a scale.
+    """
+
+    values: dict[str, Tensor]
+    laws: dict[str, Distribution]
+    weighted: set[str]
 
 
 class Program:
@@ -113,6 +128,14 @@ class Program:
             )
         for name, value in self.observed.items():
             _check_observation(name, sites[name]["fn"], value, sites[name]["mask"])
+        #: The sites as the probe saw them: laws of the observed ones with the latents' probe values in them.
+        self.probe = Probe(
+            values={name: sites[name]["value"] for name in laws},
+            laws={name: sites[name]["fn"] for name in self.observed},
+            weighted={
+                name for name in self.observed if sites[name]["mask"] is not None or not _is_one(sites[name]["scale"])
+            },
+        )
         if not laws:
             raise ValueError(
                 f"got a program without latents, with the sites {sorted(sites)}; there is nothing to infer. Its "

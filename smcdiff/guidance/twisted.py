@@ -136,7 +136,10 @@ class TwistedModel:
             else:
                 estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"))
                 p = latent.chain.transition(k, x_t, estimate)
-                q = self.method.proposal.q(SiteStep(latent.chain.step(k), x_t, estimate, p, here.get("gradient")))
+                step = latent.chain.step(k)
+                q = self.method.proposal.q(
+                    SiteStep(self.program, name, k, step, x_t, estimate, p, here.get("gradient"))
+                )
             laws[name] = (p, q)
         return laws
 

@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 
 from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
 from smcdiff.measurement.operators import SpectralOperator
-from smcdiff.measurement.svd import SVD, cut, hartley
+from smcdiff.measurement.svd import SVD, cut
+from smcdiff.transforms import hartley
 
 __all__ = ["Blur", "Circular", "Padding", "Zero"]
 

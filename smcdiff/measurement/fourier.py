@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
 from smcdiff.measurement.operators import Operator, SpectralOperator
-from smcdiff.measurement.svd import SVD, hartley, reciprocal
+from smcdiff.measurement.svd import SVD, reciprocal
+from smcdiff.transforms import hartley
 
 __all__ = ["FourierMagnitude", "FourierSampling"]
 

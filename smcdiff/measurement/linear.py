@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
 from smcdiff.measurement.operators import SpectralOperator
 from smcdiff.measurement.svd import SVD, cut
+from smcdiff.transforms import identity
 
 __all__ = ["Downsample", "Grey", "Identity", "Mask", "Matrix", "Select"]
 
@@ -32,7 +33,7 @@ class Identity(SpectralOperator):
         return shape
 
     def svd(self, x: Tensor) -> SVD:
-        return SVD(x.new_ones(()), _same, _same, _same, _same)
+        return SVD(x.new_ones(()), identity, identity, identity, identity)
 
 
 @final
@@ -153,7 +154,7 @@ class Mask(SpectralOperator):
         def sign(y: Tensor) -> Tensor:
             return y * mask.sign()
 
-        return SVD(mask.abs(), _same, _same, sign, sign)
+        return SVD(mask.abs(), identity, identity, sign, sign)
 
 
 @final
@@ -198,7 +199,7 @@ class Select(SpectralOperator):
         return shape[:-1] + self.mask.shape
 
     def svd(self, x: Tensor) -> SVD:
-        return SVD(self.mask.to(x.dtype), _same, _same, self.adjoint, self)
+        return SVD(self.mask.to(x.dtype), identity, identity, self.adjoint, self)
 
 
 @final
@@ -309,10 +310,6 @@ class Grey(SpectralOperator):
             return pad(y, (0, 0, 0, 0, 0, len(weights) - 1))
 
         return SVD(embed(norm.reshape(1, 1, 1)), rotate, rotate, embed, lambda c: c[..., :1, :, :])
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _reflect(x: Tensor, unit: Tensor) -> Tensor:

@@ -10,15 +10,14 @@ it is the Hartley transform).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["SVD", "cut", "hartley"]
+from smcdiff.transforms import Transform
 
-Transform = Callable[[Tensor], Tensor]
+__all__ = ["SVD", "cut"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +79,3 @@ def cut(s: Tensor, event_dim: int, rtol: float | None = None) -> Tensor:
     rtol = 64 * torch.finfo(s.dtype).eps if rtol is None else rtol
     largest = s.amax(dim=tuple(range(-event_dim, 0)), keepdim=True)
     return torch.where(s > rtol * largest, s, 0.0)
-
-
-def hartley(x: Tensor) -> Tensor:
-    """The Hartley transform over the last two dimensions, Re F x - Im F x with F the unitary Fourier transform.
-
-    It is real, orthonormal, symmetric and so its own inverse, and it diagonalises every circular convolution with a
-    kernel that is symmetric about its centre.
-    """
-    spectrum = torch.fft.fft2(x, norm="ortho")
-    return spectrum.real - spectrum.imag
