@@ -44,6 +44,24 @@ def folder_frames(folder: Path, only: str | None) -> torch.Tensor:
     return torch.stack(frames)
 
 
+def small_unet(side: int, channels: int, widths: list[int], attention: bool) -> UNet2DModel:
+    """A U-Net with one residual block per resolution, and attention at the coarsest where asked for."""
+    down, up = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
+    if attention:
+        down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
+    return UNet2DModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=tuple(widths),
+        norm_num_groups=8,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        add_attention=attention,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -58,6 +76,11 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 96], help="channels at each resolution")
     parser.add_argument("--space-to-depth", type=int, default=2, help="side of the pixel blocks laid into channels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="largest rate of AdamW")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average")
+    parser.add_argument("--log-share", type=float, default=0.0, help="share of crops with log-uniform noise levels")
+    parser.add_argument("--attention", action="store_true", help="attention at the coarsest resolution")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
 
@@ -67,26 +90,25 @@ def main() -> None:
         frames = wafer_frames(arguments.size, arguments.images, arguments.seed)
     else:
         frames = folder_frames(Path(arguments.data), arguments.only)
-    factor, levels = arguments.space_to_depth, len(arguments.channels)
-    unet = UNet2DModel(
-        sample_size=arguments.size // factor,
-        in_channels=factor**2,
-        out_channels=factor**2,
-        layers_per_block=1,
-        block_out_channels=tuple(arguments.channels),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * levels,
-        up_block_types=("UpBlock2D",) * levels,
-        add_attention=False,
-    )
+    factor = arguments.space_to_depth
+    unet = small_unet(arguments.size // factor, factor**2, arguments.channels, arguments.attention)
     scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, frames {tuple(frames.shape)}")
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    training = Training(steps=arguments.steps, batch=arguments.batch, size=arguments.size, seed=arguments.seed)
+    training = Training(
+        steps=arguments.steps,
+        batch=arguments.batch,
+        size=arguments.size,
+        learning_rate=arguments.learning_rate,
+        ema=arguments.ema,
+        seed=arguments.seed,
+        log_share=arguments.log_share,
+        device=arguments.device,
+    )
     checkpoint = arguments.out.with_suffix(".checkpoint.pt")
     average = training.run(SpaceToDepth(unet, factor), frames, scheduler.alphas_cumprod, checkpoint)
-    DDPMPipeline(average.unet, scheduler).save_pretrained(arguments.out)
+    DDPMPipeline(average.unet.cpu(), scheduler).save_pretrained(arguments.out)
     extra = {"event_shape": [1, arguments.size, arguments.size], "space_to_depth": factor}
     (arguments.out / "smcdiff.json").write_text(json.dumps(extra, indent=2) + "\n")
 

@@ -12,8 +12,15 @@ particle filter with guided proposals gives the posterior, its evidence, and dia
     smc = sd.SMC(sd.TDS(model), num_particles=64, num_chains=4).run(y)
 """
 
-from smcdiff.diffusion.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from smcdiff.diffusion.analytic import (
+    EmpiricalDenoiser,
+    GaussianDenoiser,
+    GaussianFieldDenoiser,
+    GaussianMixtureDenoiser,
+)
 from smcdiff.diffusion.chain import ReverseChain
+from smcdiff.diffusion.conditioning import ClassifierFree, ClassifierGuided
+from smcdiff.diffusion.covariance_models import IsotropicCovariance, JacobianCovariance, SpectralCovariance
 from smcdiff.diffusion.denoiser import (
     Denoiser,
     Estimate,
@@ -38,11 +45,34 @@ from smcdiff.diffusion.schedule import (
     VESchedule,
     VPSchedule,
 )
+from smcdiff.diffusion.start import Start
+from smcdiff.guidance.adapted import Adapted
+from smcdiff.guidance.auto import Choice, auto
+from smcdiff.guidance.blind_dps import BlindDPS, ConstantStep, KernelNorm, SignalStep, normalised_kernel
 from smcdiff.guidance.bootstrap import Bootstrap
+from smcdiff.guidance.conditional import Conditional
+from smcdiff.guidance.conjugate_gradients import ConjugateGradients
+from smcdiff.guidance.ddnm import BODDNM, DDNM, DDNMPlus
+from smcdiff.guidance.ddrm import DDRM
+from smcdiff.guidance.ddsmc import DDSMC
+from smcdiff.guidance.diffpir import DiffPIR
+from smcdiff.guidance.dmps import DMPS, DMPSTwist
 from smcdiff.guidance.dps import DPS
+from smcdiff.guidance.fps import FPS
+from smcdiff.guidance.gdp import GDP
+from smcdiff.guidance.ilvr import ILVR
 from smcdiff.guidance.latents import UnmappablePrior
+from smcdiff.guidance.mcgdiff import MCGDiff
+from smcdiff.guidance.mmps import MMPS, MMPSTwist
+from smcdiff.guidance.pigdm import PiGDM, PiGDMTwist
+from smcdiff.guidance.potentials import Difference, Max, Sum
+from smcdiff.guidance.repaint import RePaint
+from smcdiff.guidance.replacement import Replacement
+from smcdiff.guidance.reward import FeynmanKacSteering, RewardTwist, black_box
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.tempered import TemperedTwist, tempered
+from smcdiff.guidance.time_travel import TimeTravel
+from smcdiff.guidance.tmpd import TMPD, TMPDTwist
 from smcdiff.guidance.twists import PointTwist, TweedieTwist, WidenedTwist
 from smcdiff.guidance.unroll import unroll
 from smcdiff.infer import SMC, WeightedSamples
@@ -56,8 +86,11 @@ from smcdiff.measurement import (
     GaussianMeasurement,
     Grey,
     Identity,
+    LaplaceMeasurement,
+    LogNormalMeasurement,
     Mask,
     Matrix,
+    MixedMeasurement,
     PoissonMeasurement,
     Radon,
     Select,
@@ -73,48 +106,92 @@ from smcdiff.zoo import load_prior
 __version__ = "0.1.0"
 
 __all__ = [
+    "BODDNM",
+    "DDNM",
+    "DDRM",
+    "DDSMC",
+    "DMPS",
     "DPS",
+    "FPS",
+    "GDP",
+    "ILVR",
+    "MMPS",
     "SMC",
     "TDS",
+    "TMPD",
+    "Adapted",
+    "BlindDPS",
     "Blur",
     "Bootstrap",
+    "Choice",
     "Circular",
+    "ClassifierFree",
+    "ClassifierGuided",
     "Compose",
+    "Conditional",
+    "ConjugateGradients",
+    "ConstantStep",
     "CosineSchedule",
+    "DDNMPlus",
+    "DMPSTwist",
     "Denoiser",
+    "DiffPIR",
+    "Difference",
     "DiffusionPrior",
     "Downsample",
     "EmpiricalDenoiser",
     "Estimate",
+    "FeynmanKacSteering",
     "FilterError",
     "FlowSchedule",
     "FourierMagnitude",
     "FourierSampling",
     "GaussianDenoiser",
+    "GaussianFieldDenoiser",
     "GaussianMeasurement",
     "GaussianMixtureDenoiser",
     "Grey",
     "Identity",
+    "IsotropicCovariance",
+    "JacobianCovariance",
     "KarrasGrid",
+    "KernelNorm",
+    "LaplaceMeasurement",
     "LeadingGrid",
     "LinspaceGrid",
     "LogGrid",
+    "LogNormalMeasurement",
+    "MCGDiff",
+    "MMPSTwist",
     "MarginalMH",
     "Mask",
     "Matrix",
+    "Max",
+    "MixedMeasurement",
     "NetworkDenoiser",
     "NoiseLevel",
     "ParticleFilter",
     "ParticleGibbs",
+    "PiGDM",
+    "PiGDMTwist",
     "PointTwist",
     "PoissonMeasurement",
     "Radon",
+    "RePaint",
     "Records",
+    "Replacement",
     "ReverseChain",
+    "RewardTwist",
     "Select",
+    "SignalStep",
+    "SpectralCovariance",
+    "Start",
     "StateSpaceModel",
+    "Sum",
+    "TMPDTwist",
     "TabulatedSchedule",
     "TemperedTwist",
+    "TimeTravel",
     "TrailingGrid",
     "TweedieTwist",
     "UnmappablePrior",
@@ -126,11 +203,14 @@ __all__ = [
     "Zero",
     "as_linear",
     "as_operator",
+    "auto",
+    "black_box",
     "from_clean",
     "from_epsilon",
     "from_flow",
     "from_velocity",
     "load_prior",
+    "normalised_kernel",
     "tempered",
     "unroll",
 ]

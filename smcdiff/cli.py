@@ -1,4 +1,4 @@
-"""The command line: ``smcdiff demo`` and ``smcdiff restore IMAGE``.
+"""The command line: ``smcdiff demo``, ``smcdiff restore IMAGE`` and ``smcdiff report RUN``.
 
 Noise levels are on the scale of grey values from -1 (black) to 1 (white): a standard deviation of 5 grey levels of 255
 is 10 / 255 = 0.039.
@@ -7,6 +7,7 @@ is 10 / 255 = 0.039.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ _WIDTH = 0.3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 2 after a message for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.line = shlex.join(["smcdiff", *arguments])
     try:
         options.command(options)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
@@ -91,6 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--crop", type=_crop, metavar="TOP,LEFT,HEIGHT,WIDTH", help="restore this part of the picture")
     restore.add_argument("--white", type=float, help="grey value of white in the file, such as 4095 for 12-bit data")
     restore.add_argument("--out", type=Path, required=True, help="folder to write to")
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about a run",
+        description="Write one self-contained HTML page about a run: verdict, pictures, tables, versions, how to "
+        "reproduce it, and the papers of the methods used.",
+    )
+    report.set_defaults(command=_report)
+    report.add_argument(
+        "run", type=Path, help="a file written by smc.save, or a folder written by smcdiff restore or smcdiff demo"
+    )
+    report.add_argument("--out", type=Path, help="the page (report.html in the folder, or beside the file)")
+    report.add_argument("--title", help="of the page")
     for command in (demo, restore):
         command.add_argument("--particles", type=int, default=4, help="particles per chain (%(default)s)")
         command.add_argument("--chains", type=int, default=16, help="independent chains (%(default)s)")
@@ -129,7 +144,7 @@ def _demo(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     demo = make_demo(options.seed)
     print(f"A wafer of 64 x 64 pixels with a defect ({demo.truth.name}), blurred and noisy.")
-    _run(demo.y, demo.acquisition, "wafer64", options, demo.truth)
+    _run(demo.y, demo.acquisition, "wafer64", options, "Restoration of a synthetic wafer", demo.truth)
 
 
 def _restore(options: argparse.Namespace) -> None:
@@ -154,7 +169,7 @@ def _restore(options: argparse.Namespace) -> None:
         acquisition = coarse(noise, options.factor)
     elif mask is not None:
         acquisition = masked(noise, mask)
-    _run(y, acquisition, options.prior, options)
+    _run(y, acquisition, options.prior, options, f"Restoration of {options.image.name}")
 
 
 def _noise(options: argparse.Namespace, y: Tensor, mask: Tensor | None) -> Noise:
@@ -172,7 +187,12 @@ def _noise(options: argparse.Namespace, y: Tensor, mask: Tensor | None) -> Noise
 
 
 def _run(
-    y: Tensor, acquisition: Acquisition, prior: str, options: argparse.Namespace, truth: Truth | None = None
+    y: Tensor,
+    acquisition: Acquisition,
+    prior: str,
+    options: argparse.Namespace,
+    title: str,
+    truth: Truth | None = None,
 ) -> None:
     effort = Effort(options.particles, options.chains, options.steps, options.seed)
     job = prepare(y, acquisition, lambda shape: load_prior(prior, event_shape=shape), effort)
@@ -181,8 +201,24 @@ def _run(
         f"{job.canvas.rows} x {job.canvas.columns} pixels: about {_duration(job.expected_seconds())} on this machine.",
         flush=True,
     )
-    text = write_report(job.run(progress=not options.quiet), options.out, truth)
+    about = {"title": title, "prior": prior, "command": options.line}
+    text = write_report(job.run(progress=not options.quiet), options.out, truth, about)
     print(f"\n{text}\nWritten to {options.out}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from smcdiff.diagnostics.arviz import read
+    from smcdiff.diagnostics.export import from_groups
+    from smcdiff.diagnostics.report import find_run, report
+
+    file = find_run(options.run)
+    run = from_groups(read(file))
+    words = options.run / "summary.txt" if options.run.is_dir() else None
+    summary = words.read_text() if words is not None and words.is_file() else ""
+    title = options.title or str(run.about.get("title", f"Posterior of {file.name}"))
+    out = options.out or (file.with_name("report.html") if options.run.is_dir() else file.with_suffix(".html"))
+    out.write_text(report(run, title, summary), encoding="utf-8")
+    print(f"Written to {out}")
 
 
 def _duration(seconds: float) -> str:

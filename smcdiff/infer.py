@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,35 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smcdiff.diagnostics.provenance import describe, references, versions, write_references
 from smcdiff.diagnostics.run import Run
+from smcdiff.diagnostics.weights import entropy
 from smcdiff.guidance.base import Method
 from smcdiff.guidance.batching import pick_max_batch
+from smcdiff.guidance.potentials import Steers, with_potential
+from smcdiff.guidance.predictive import Call
 from smcdiff.guidance.program import Program
+from smcdiff.guidance.time_travel import TravellingModel, with_travel
 from smcdiff.guidance.twisted import TwistedModel
-from smcdiff.smc import FilterState, History, ParticleFilter, Records
+from smcdiff.smc import FilterResult, FilterState, History, ParticleFilter, Records
 from smcdiff.smc.checkpoint import Checkpoint
+from smcdiff.smc.evidence import evidence_variance
 from smcdiff.smc.genealogy import surviving_roots
 
 if TYPE_CHECKING:
+    from smcdiff.diagnostics.groups import Group
     from smcdiff.diagnostics.verdict import Diagnostics
 
 __all__ = ["SMC", "WeightedSamples"]
 
+_WITHOUT_DENSITY = (
+    "the method's last step is a point mass, as published: the draws are the sampler's own and carry no evidence. Give "
+    "the prior variance='optimal', or take more than one particle, for an exact correction"
+)
+_TRAVELLED = (
+    "the method jumps back in time, as published: the draws are the sampler's own and carry no evidence. Leave the "
+    "jumps out for an exact correction"
+)
 #: Seconds between two checkpoints of a run.
 CHECKPOINT_SECONDS = 60.0
 
@@ -53,7 +68,7 @@ class SMC:
         max_batch: largest number of particles put through the network at once; None takes what fits into half of the
             free memory. The result does not depend on it.
         seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets.
-        records: what to keep of the steps.
+        records: what to keep of the steps; the entropy of the weights is added to its summaries.
         progress: show a progress bar.
         checkpoint: a file to keep the run in, once a minute; if the same run is kept there already, it goes on from
             where it stood, to the same result. Needs a seed.
@@ -81,7 +96,8 @@ class SMC:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"got {name} {value!r}; expected an integer of at least 1")
         self.kernel, self.num_particles, self.num_chains = kernel, num_particles, num_chains
-        self._filter, self._max_batch, self._seed, self._records = filter, max_batch, seed, records
+        self._filter, self._max_batch, self._seed = filter, max_batch, seed
+        self._records = replace(records, summaries={"entropy": _entropy, **records.summaries})
         self._progress, self._checkpoint = progress, checkpoint
         self._finished: _Finished | None = None
 
@@ -95,8 +111,13 @@ class SMC:
         program = Program(self.kernel.model, args, kwargs)
         max_batch = pick_max_batch(program, self.kernel) if self._max_batch is None else self._max_batch
         model = TwistedModel(program, self.kernel, max_batch)
+        path = (
+            with_potential(model, self.kernel)
+            if isinstance(self.kernel, Steers)
+            else with_travel(model, self.kernel, self.num_particles)
+        )
         seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
-        with tqdm(total=program.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
+        with tqdm(total=path.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
 
             def progress(state: FilterState) -> None:
                 bar.update(state.step - bar.n)
@@ -104,7 +125,7 @@ class SMC:
                 bar.set_postfix(ess=f"{ess:.1f}/{self.num_particles}", log_z=f"{log_z:.5g}")
 
             result = self._filter.run(
-                model,
+                path,
                 num_particles=self.num_particles,
                 num_chains=self.num_chains,
                 seed=seed,
@@ -115,9 +136,11 @@ class SMC:
         log_z = result.log_z if model.has_density else torch.full_like(result.log_z, torch.nan)
         pooled = result.w.log() + (log_z if model.has_density else torch.zeros_like(log_z))[:, None]
         states = {name: result.particles[name] for name in program.latents}
-        ancestors = result.records.ancestors
+        ancestors, resampled = result.records.ancestors, result.records.resampled
+        itself = torch.arange(self.num_particles, device=program.device).expand(1, self.num_chains, -1)
+        call = Call(self.kernel.model, args, kwargs, program)
         self._finished = _Finished(
-            program=program,
+            call=call,
             model=model,
             history=result.records,
             seed=seed,
@@ -128,16 +151,29 @@ class SMC:
                 ess=result.records.ess,
                 log_z_path=result.records.log_z,
                 roots=None if ancestors is None else surviving_roots(ancestors),
+                entropy=result.records.summaries["entropy"],
+                resampled=torch.cat([resampled.new_zeros(1, self.num_chains), resampled]),
+                ancestors=None if ancestors is None else torch.cat([itself, ancestors]),
+                log_z_variance=_variance_of_one_run(result) if model.has_density else None,
                 log_likelihood=self._in_chunks(program.pointwise, states),
                 observed=program.observed,
+                constants=call.constants(),
+                about={
+                    "method": describe(self.kernel),
+                    "filter": describe(self._filter),
+                    "num_steps": program.num_steps,
+                    "seed": seed,
+                    "device": str(program.device),
+                    "dtype": str(program.dtype),
+                    "network_evaluations_forward": model.evaluations.forward,
+                    "network_evaluations_backward": model.evaluations.backward,
+                    **versions(),
+                    "references": write_references(references(self.kernel, self._filter)),
+                },
             ),
         )
         if not model.has_density:
-            warnings.warn(
-                "the method's last step is a point mass, as published: the draws are the sampler's own and carry no "
-                "evidence. Give the prior variance='optimal', or take more than one particle, for an exact correction",
-                stacklevel=2,
-            )
+            warnings.warn(_TRAVELLED if isinstance(path, TravellingModel) else _WITHOUT_DENSITY, stacklevel=2)
         return self
 
     def get_samples(self, num_samples: int | None = None) -> dict[str, Tensor]:
@@ -199,11 +235,35 @@ class SMC:
 
         return summarise(self._done.run)
 
-    def to_arviz(self) -> Any:
-        """The run as an ArviZ object: InferenceData on ArviZ 0.23, DataTree on ArviZ 1."""
+    def to_arviz(self, *, posterior_predictive: bool = False, prior: int = 0) -> Any:
+        """The run as an ArviZ object: InferenceData on ArviZ 0.23, DataTree on ArviZ 1.
+
+        Args:
+            posterior_predictive: draw a new measurement for every draw of the posterior as well; this runs the program
+                once for each of them.
+            prior: draw so many latents from the prior, and a measurement for each, as well; this runs the reverse
+                chains of the diffusion priors from their beginning.
+        """
         from smcdiff.diagnostics.arviz import to_arviz
 
-        return to_arviz(self._done.run)
+        return to_arviz(self._groups(posterior_predictive, prior))
+
+    def save(self, path: Path | str, *, posterior_predictive: bool = False, prior: int = 0) -> None:
+        """Write the run to a netCDF file, which ``smcdiff report`` and ``arviz.from_netcdf`` read.
+
+        Arguments as for :meth:`to_arviz`.
+        """
+        from smcdiff.diagnostics.arviz import write
+
+        write(self._groups(posterior_predictive, prior), Path(path))
+
+    def _groups(self, posterior_predictive: bool, prior: int) -> dict[str, Group]:
+        from smcdiff.diagnostics.export import run_groups, take
+
+        done = self._done
+        draws = {name: take(value, done.run.equal_draws()) for name, value in done.run.values.items()}
+        more = predictive_groups(done.call, done.seed, draws if posterior_predictive else {}, prior, self._max_batch)
+        return run_groups(done.run, more)
 
     def _kept(self, program: Program) -> Checkpoint | None:
         if self._checkpoint is None:
@@ -232,9 +292,52 @@ class SMC:
         return {name: torch.cat([part[name] for part in parts]).unflatten(0, shape) for name in parts[0]}
 
 
+def predictive_groups(
+    call: Call, seed: int, draws: dict[str, Tensor], prior: int, max_batch: int | None
+) -> dict[str, dict[str, Tensor]]:
+    """The groups of an ArviZ object that cost draws from the program.
+
+    Args:
+        call: the program.
+        seed: of the run; the draws here have seeds of their own, which follow from it.
+        draws: of the posterior, {site: (chains, draws, *event)}, to draw a measurement for each; {} for none.
+        prior: number of draws from the prior; 0 for none.
+        max_batch: largest number of particles put through the network at once.
+
+    Raises:
+        ValueError: for a negative number of draws.
+    """
+    if not isinstance(prior, int) or prior < 0:
+        raise ValueError(f"got prior {prior!r}; expected a number of draws, 0 for none")
+    groups = {}
+    if draws:
+        shape = next(iter(draws.values())).shape[:2]
+        flat = {name: value.flatten(0, 1) for name, value in draws.items()}
+        drawn = call.measurements(flat, (seed + 1) % 2**62)
+        groups["posterior_predictive"] = {name: value.unflatten(0, shape) for name, value in drawn.items()}
+    if prior:
+        values = call.prior(prior, (seed + 2) % 2**62, max_batch)
+        measured = call.measurements(values, (seed + 3) % 2**62)
+        groups["prior"] = {name: value[None] for name, value in values.items()}
+        groups["prior_predictive"] = {name: value[None] for name, value in measured.items()}
+    return groups
+
+
+def _entropy(state: FilterState) -> Tensor:
+    return entropy(state.w)
+
+
+def _variance_of_one_run(result: FilterResult) -> Tensor | None:
+    """Variance of log Z of each chain from its own genealogy; None where theory does not cover the run."""
+    try:
+        return evidence_variance(result)
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class _Finished:
-    program: Program
+    call: Call
     model: TwistedModel
     history: History
     seed: int

@@ -14,19 +14,23 @@ References:
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smcdiff.diagnostics.provenance import describe, references, versions, write_references
 from smcdiff.guidance.base import Method
+from smcdiff.guidance.predictive import Call
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
-from smcdiff.smc import ParticleFilter
+from smcdiff.infer import predictive_groups
+from smcdiff.smc import FilterError, ParticleFilter, Records, faults
 from smcdiff.smc.conditional import ConditionalSMC
 from smcdiff.smc.marginal_metropolis import MarginalMetropolis
-from smcdiff.smc.weights import normalise
 
 __all__ = ["MarginalMH", "ParticleGibbs"]
 
@@ -69,13 +73,13 @@ class ParticleGibbs:
         self.num_sweeps, self.num_chains = num_sweeps, num_chains
         self._warmup, self._moves, self._max_batch = warmup, moves, max_batch
         self._seed, self._progress = seed, progress
-        self._samples: dict[str, Tensor] | None = None
+        self._done: _Chains | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> ParticleGibbs:
         """Condition the program on these arguments and run; returns itself. The first path is a plain filter's."""
         program = Program(self.kernel.model, args, kwargs)
         model = TwistedModel(program, self.kernel, self._max_batch)
-        generator = _generator(self._seed, program)
+        seed, generator = _generator(self._seed, program)
         path = self._moves.first(model, self.num_particles, self.num_chains, generator)
         kept: list[dict[str, Tensor]] = []
         for sweep in tqdm(range(self._warmup + self.num_sweeps), unit="sweep", disable=not self._progress, leave=False):
@@ -83,13 +87,23 @@ class ParticleGibbs:
             if sweep >= self._warmup:
                 kept.append({name: path[-1][name][:, 0] for name in program.latents})
         states = {name: torch.stack([draw[name] for draw in kept], 1).flatten(0, 1) for name in program.latents}
-        shape = (self.num_chains, self.num_sweeps)
-        self._samples = {name: value.unflatten(0, shape) for name, value in program.values(states).items()}
+        self._done = _Chains(
+            call=Call(self.kernel.model, args, kwargs, program),
+            states=states,
+            shape=(self.num_chains, self.num_sweeps),
+            seed=seed,
+            max_batch=self._max_batch,
+            about={"num_particles": self.num_particles, "warmup": self._warmup, **_about(self.kernel, self._moves)},
+        )
         return self
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws, {site: (chains * sweeps, *event)}, or (chains, sweeps, *event) grouped by chain, as Pyro's MCMC."""
-        return _draws(self._samples, group_by_chain)
+        return _finished(self._done).draws(group_by_chain)
+
+    def to_arviz(self, *, posterior_predictive: bool = False, prior: int = 0) -> Any:
+        """The draws as an ArviZ object; arguments as for :meth:`smcdiff.SMC.to_arviz`."""
+        return _finished(self._done).to_arviz(posterior_predictive, prior)
 
 
 class MarginalMH:
@@ -112,6 +126,8 @@ class MarginalMH:
         progress: show a progress bar.
 
     Raises:
+        FilterError: at :meth:`run`, for a chain that has come to no possible values of its sites within the warm-up. A
+            proposal at which all particles have zero weight is rejected.
         ValueError: for numbers out of range, or, at :meth:`run`, for sites that cannot be moved.
     """
 
@@ -137,7 +153,7 @@ class MarginalMH:
         self.num_steps, self.num_chains = num_steps, num_chains
         self._warmup, self._step_size, self._filter, self._max_batch = warmup, step_size, filter, max_batch
         self._seed, self._progress = seed, progress
-        self._samples: dict[str, Tensor] | None = None
+        self._done: _Chains | None = None
         #: Share of proposals accepted after the warm-up, per chain, (b,).
         self.acceptance: Tensor | None = None
 
@@ -148,7 +164,7 @@ class MarginalMH:
         if unknown or not self.sites:
             known = [name for name, latent in program.latents.items() if not latent.is_diffusion]
             raise ValueError(f"got the sites {self.sites} to move; expected some of the program's latents {known}")
-        shapes = {site: program.latents[site].chain.shape for site in self.sites}
+        shapes, n = {site: program.latents[site].chain.shape for site in self.sites}, self.num_particles
 
         def held(theta: Tensor) -> dict[str, Tensor]:
             parts = theta.split([shape.numel() for shape in shapes.values()], -1)
@@ -157,41 +173,112 @@ class MarginalMH:
         def estimate(theta: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             inner = TwistedModel(Program(self.kernel.model, args, kwargs, held(theta)), self.kernel, self._max_batch)
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            result = self._filter.run(inner, num_particles=self.num_particles, num_chains=len(theta), seed=seed)
-            index = torch.multinomial(normalise(result.log_w), 1, generator=generator)[:, 0]
+            light = Records(ancestors=False)
+            states = self._filter.iterate(inner, num_particles=n, num_chains=len(theta), seed=seed, records=light)
+            last = deque(states, maxlen=1).pop()
+            faults.check(last, inner, zero_allowed=True)
+            impossible = faults.all_zero(last)  # theta without a weighted particle: an estimate of zero
+            index = torch.multinomial(last.w.masked_fill(impossible[:, None], 1.0), 1, generator=generator)[:, 0]
             chain = torch.arange(len(theta), device=index.device)
-            return result.log_z, {name: result.particles[name][chain, index] for name in program.latents}
+            kept = {name: last.particles[name][chain, index] for name in program.latents}
+            return last.log_z.masked_fill(impossible, -torch.inf), kept
 
-        generator = _generator(self._seed, program)
+        seed, generator = _generator(self._seed, program)
         size = sum(shape.numel() for shape in shapes.values())
         noise: dict[str, Any] = {"dtype": program.dtype, "device": program.device, "generator": generator}
         moves = MarginalMetropolis(estimate, self._step_size)
         state = moves.first(torch.randn(self.num_chains, size, **noise), generator)
-        kept, accepted = [], []
+        kept, accepted, log_z = [], [], []
         for step in tqdm(range(self._warmup + self.num_steps), unit="step", disable=not self._progress, leave=False):
             state = moves.update(state, generator)
             if step >= self._warmup:
                 kept.append(state.kept)
                 accepted.append(state.accepted)
+                log_z.append(state.log_z)
+        never = (torch.stack(log_z) == -torch.inf).any(0).nonzero().flatten().tolist()
+        if never:
+            raise FilterError(
+                f"all weights were zero at every proposal of the warm-up in chains {never} of {self.num_chains}, so "
+                f"they have found no possible values of {self.sites}; use a longer warm-up, more particles or another "
+                "step_size, and check that the measurement is possible under the model"
+            )
         self.acceptance = torch.stack(accepted).double().mean(0)
         states = {name: torch.stack([draw[name] for draw in kept], 1).flatten(0, 1) for name in program.latents}
-        shape = (self.num_chains, self.num_steps)
-        self._samples = {name: value.unflatten(0, shape) for name, value in program.values(states).items()}
+        self._done = _Chains(
+            call=Call(self.kernel.model, args, kwargs, program),
+            states=states,
+            shape=(self.num_chains, self.num_steps),
+            seed=seed,
+            max_batch=self._max_batch,
+            about={"num_particles": self.num_particles, "warmup": self._warmup, **_about(self.kernel, self._filter)},
+            sample_stats={"accepted": torch.stack(accepted, 1), "log_z": torch.stack(log_z, 1)},
+        )
         return self
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws, {site: (chains * steps, *event)}, or (chains, steps, *event) grouped by chain, as Pyro's MCMC."""
-        return _draws(self._samples, group_by_chain)
+        return _finished(self._done).draws(group_by_chain)
+
+    def to_arviz(self, *, posterior_predictive: bool = False, prior: int = 0) -> Any:
+        """The draws as an ArviZ object; arguments as for :meth:`smcdiff.SMC.to_arviz`."""
+        return _finished(self._done).to_arviz(posterior_predictive, prior)
 
 
-def _draws(samples: dict[str, Tensor] | None, group_by_chain: bool) -> dict[str, Tensor]:
-    if samples is None:
+@dataclass(frozen=True)
+class _Chains:
+    """Finished Markov chains on a program: chain states of the latents, (chains * draws, *shape), and what they are."""
+
+    call: Call
+    states: dict[str, Tensor]
+    shape: tuple[int, int]
+    seed: int
+    max_batch: int | None
+    about: dict[str, int | str]
+    sample_stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def draws(self, group_by_chain: bool) -> dict[str, Tensor]:
+        values = self.call.program.values(self.states)
+        return self._by_chain(values) if group_by_chain else values
+
+    def to_arviz(self, posterior_predictive: bool, prior: int) -> Any:
+        from smcdiff.diagnostics.arviz import to_arviz
+        from smcdiff.diagnostics.export import chain_groups
+
+        program, posterior = self.call.program, self.draws(group_by_chain=True)
+        with torch.no_grad():
+            log_likelihood = self._by_chain(program.pointwise(self.states))
+        drawn = posterior if posterior_predictive else {}
+        groups = {
+            "posterior": posterior,
+            "sample_stats": self.sample_stats,
+            "log_likelihood": log_likelihood,
+            "observed_data": program.observed,
+            "constant_data": self.call.constants(),
+            **predictive_groups(self.call, self.seed, drawn, prior, self.max_batch),
+        }
+        return to_arviz(chain_groups(groups, {**self.about, "seed": self.seed, **versions()}))
+
+    def _by_chain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.unflatten(0, self.shape) for name, value in values.items()}
+
+
+def _finished(done: _Chains | None) -> _Chains:
+    if done is None:
         raise RuntimeError("this chain has not run yet; call run with the program's arguments first")
-    return samples if group_by_chain else {name: value.flatten(0, 1) for name, value in samples.items()}
+    return done
 
 
-def _generator(seed: int | None, program: Program) -> torch.Generator:
-    return torch.Generator(program.device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+def _about(kernel: Method, moves: object) -> dict[str, str]:
+    return {
+        "method": describe(kernel),
+        "moves": describe(moves),
+        "references": write_references(references(kernel, moves)),
+    }
+
+
+def _generator(seed: int | None, program: Program) -> tuple[int, torch.Generator]:
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    return seed, torch.Generator(program.device).manual_seed(seed)
 
 
 def _check(got: dict[str, int], least: dict[str, int]) -> None:

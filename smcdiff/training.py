@@ -1,8 +1,12 @@
 r"""Training of a diffusion prior: the v-prediction loss on random crops, with an averaged copy of the weights.
 
 With x_t = alpha_t x_0 + sigma_t eps the network learns v = alpha_t eps - sigma_t x_0, which is well scaled at every
-noise level, by the mean of ``|v - v_theta(x_t, t)|^2`` over t uniform on the training grid; what is kept is the
-exponential moving average of theta.
+noise level, by the mean of ``|v - v_theta(x_t, t)|^2`` over t uniform on the training grid, or in part uniform in
+log(sigma_t / alpha_t); what is kept is the exponential moving average of theta.
+
+Posterior sampling asks for accuracy at low noise: a step of the chain is charged d(alpha^2 / sigma^2) times the squared
+error of x0_hat, which is what a v-loss with log(sigma_t / alpha_t) uniform charges once sigma_t < alpha_t. Times
+uniform on the linear schedule spend half of the training above sigma_t = 3 alpha_t.
 
 References:
     T. Salimans, J. Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (2022), arXiv 2202.00512,
@@ -38,6 +42,9 @@ class Training:
         seed: of the crops and the noise; the initial weights are the network's own.
         bfloat16: run the network's arithmetic in bfloat16; weights and loss stay in float32.
         save_every: steps between two checkpoints.
+        log_share: share of the crops, in [0, 1], whose noise level is uniform in log(sigma_t / alpha_t).
+        device: where network and pictures are moved to. Crops are drawn on the CPU and so are the same everywhere; the
+            noise is drawn on the device and is that device's own.
     """
 
     steps: int
@@ -48,13 +55,19 @@ class Training:
     seed: int = 0
     bfloat16: bool = True
     save_every: int = 250
+    log_share: float = 0.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.log_share <= 1:
+            raise ValueError(f"got log_share {self.log_share}; expected a share of the crops in [0, 1]")
 
     def run(self, network: nn.Module, frames: Tensor, alphas_cumprod: Tensor, checkpoint: Path) -> nn.Module:
         """Train ``network(x_t, index) -> v`` on crops of ``frames`` and return its averaged copy.
 
         A checkpoint that is already there is continued, step by step as if it had never stopped.
 
-        Network and frames are on the CPU.
+        The network is moved to the device and trained in place; what is returned is there too.
 
         Args:
             network: takes (batch, channels, size, size) and integer training indices (batch,).
@@ -71,11 +84,13 @@ class Training:
                 f"got frames of shape {tuple(frames.shape)}; expected (number, channels, rows, columns) with at least"
                 f" {self.size} rows and columns, the size of a crop"
             )
+        network, frames = network.to(self.device), frames.to(self.device)
+        alphas_cumprod = alphas_cumprod.to(self.device)
         average = copy.deepcopy(network).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         done, loss_mean, seconds = 0, float("nan"), 0.0
         if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
+            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
             if state.get("seed", self.seed) != self.seed:
                 raise ValueError(
                     f"{checkpoint} holds a run with seed {state['seed']}, this one has seed {self.seed}; give the seed"
@@ -126,25 +141,50 @@ class Training:
 
     def _loss(self, network: nn.Module, frames: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
         x_0 = random_crops(frames, self.batch, self.size, generator)
-        index = torch.randint(len(alphas_cumprod), (self.batch,), generator=generator)
+        index = self._indices(alphas_cumprod, generator)
         alpha_bar = alphas_cumprod[index].reshape(-1, 1, 1, 1)
         alpha_t, sigma_t = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        eps = torch.randn(x_0.shape, generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+        eps = torch.randn(x_0.shape, generator=self._noise_generator(generator), device=self.device)
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bfloat16):
             v = network(alpha_t * x_0 + sigma_t * eps, index)
         return (v.float() - (alpha_t * eps - sigma_t * x_0)).square().mean()
 
+    def _indices(self, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
+        """(batch,): indices of the training grid, the first ones uniform in log(sigma_t / alpha_t)."""
+        index = torch.randint(len(alphas_cumprod), (self.batch,), generator=generator)
+        logarithmic = round(self.log_share * self.batch)
+        if logarithmic:
+            table = (1 / alphas_cumprod.cpu().double() - 1).log()  # twice the log of sigma / alpha, rising
+            wanted = table[0] + (table[-1] - table[0]) * torch.rand(logarithmic, generator=generator)
+            middles = (table[1:] + table[:-1]) / 2
+            index[:logarithmic] = torch.searchsorted(middles, wanted)
+        return index.to(self.device)
+
+    def _noise_generator(self, generator: torch.Generator) -> torch.Generator:
+        """The step's own generator on the CPU; elsewhere one of the device, seeded from it."""
+        if torch.device(self.device).type == "cpu":
+            return generator
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return torch.Generator(self.device).manual_seed(seed)
+
 
 def random_crops(frames: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
-    """(number, channels, size, size): crops of ``frames`` at random places, turned and mirrored at random."""
+    """(number, channels, size, size): crops of ``frames`` at random places, turned and mirrored at random.
+
+    The places come from ``generator``, a generator on the CPU, the crops lie where the frames do.
+    """
     rows, columns = frames.shape[-2:]
 
-    def draw(high: int) -> list[int]:
-        return torch.randint(high, (number,), generator=generator).tolist()
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (number,), generator=generator)
 
-    places = zip(draw(len(frames)), draw(rows - size + 1), draw(columns - size + 1), draw(4), draw(2), strict=True)
-    crops = []
-    for frame, row, column, turns, mirror in places:
-        crop = torch.rot90(frames[frame, :, row : row + size, column : column + size], turns, (-2, -1))
-        crops.append(crop.flip(-1) if mirror else crop)
-    return torch.stack(crops)
+    frame, top, left = draw(len(frames)), draw(rows - size + 1), draw(columns - size + 1)
+    turns, mirror = draw(4)[:, None, None], draw(2)[:, None, None]
+    along = torch.arange(size)
+    down, across = along[None, :, None], along[None, None, :]
+    across = torch.where(mirror == 1, size - 1 - across, across)
+    for quarter in range(3):  # a turn by 90 degrees takes out[i, j] from in[j, size - 1 - i]
+        turned = turns > quarter
+        down, across = torch.where(turned, across, down), torch.where(turned, size - 1 - down, across)
+    row, column = (top[:, None, None] + down).to(frames.device), (left[:, None, None] + across).to(frames.device)
+    return frames.movedim(1, -1)[frame.to(frames.device)[:, None, None], row, column].movedim(-1, 1)

@@ -22,6 +22,7 @@ from smcdiff.restoration.restore import Effort, prepare
 from tests.guidance.exact import chain_law
 
 FILES = {
+    "report.html",
     "observation.png",
     "mean.png",
     "sd.png",

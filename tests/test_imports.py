@@ -19,7 +19,18 @@ PACKAGE = ROOT / "smcdiff"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: What a program with a diffusion prior is made of.
-CORE = {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer", "moves", "state_space", "zoo"}
+CORE = {
+    "smc",
+    "diffusion",
+    "measurement",
+    "guidance",
+    "diagnostics",
+    "infer",
+    "moves",
+    "state_space",
+    "validation",
+    "zoo",
+}
 
 #: Which part of the library may import which.
 PARTS: dict[str, set[str]] = {
@@ -34,6 +45,7 @@ PARTS: dict[str, set[str]] = {
     "infer": {"smc", "diffusion", "measurement", "guidance", "diagnostics"},
     "moves": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer"},
     "state_space": {"smc"},
+    "validation": {"smc", "diffusion", "measurement", "guidance", "diagnostics", "infer"},
     "__init__": CORE,
     "restoration": CORE,
     "cli": CORE | {"restoration"},
@@ -43,11 +55,11 @@ PARTS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "arviz": ("diagnostics/arviz.py",),
     "xarray": ("diagnostics/arviz.py",),
-    "matplotlib": ("diagnostics/plots.py", "restoration/report.py"),
+    "matplotlib": ("diagnostics/plots/", "diagnostics/page.py", "diagnostics/report.py", "restoration/report.py"),
     "diffusers": ("diffusion/adapters/",),
     "safetensors": ("diffusion/adapters/",),
     "PIL": ("restoration/images.py",),
-    "tqdm": ("infer.py", "moves.py", "training.py", "cli.py"),
+    "tqdm": ("diffusion/calibration.py", "infer.py", "moves.py", "training.py", "validation/study.py", "cli.py"),
     "numpy": ("diffusion/", "diagnostics/", "zoo/", "restoration/"),
     "pyro": (
         "diffusion/",
@@ -56,6 +68,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "infer.py",
         "moves.py",
         "state_space.py",
+        "validation/",
         "restoration/acquisition.py",
     ),
     "torch": ("",),
@@ -107,7 +120,7 @@ def test_arrows_point_downward(module: Path) -> None:
         ("diffusion/prior.py", "from ..measurement import operators"),
         ("diffusion/adapters/edm.py", "from ...smc.weights import normalise"),
         ("measurement/operators.py", "import smcdiff.diffusion.prior as prior"),
-        ("diagnostics/plots.py", "import arviz"),
+        ("diagnostics/plots/runs.py", "import arviz"),
         ("guidance/tds.py", "import matplotlib.pyplot as plt"),
         ("infer.py", "from smcdiff.cli import main"),
         ("infer.py", "import somebody_elses_library"),

@@ -147,6 +147,45 @@ def test_marginal_metropolis_on_a_noise_level() -> None:
         assert bool(((means.mean(0) - exact).abs() < 5 * error).all()), (means.mean(0), exact, error)
 
 
+def bounded_model(y=None):
+    """y = 1 says that |x_0 + shift - 1| is below a half, and nothing else is possible."""
+    x = pyro.sample("x", gaussian_prior())
+    shift = pyro.sample("shift", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+    inside = (x[0] + shift - 1).abs() < 0.5
+    return pyro.sample("y", dist.Poisson(inside.to(F64)), obs=y)
+
+
+def test_marginal_metropolis_rejects_where_all_weights_are_zero() -> None:
+    """With six particles of the prior most estimates are zero at most values of the shift; against quadrature."""
+    one = torch.ones((), dtype=F64)
+    law = chain_law(gaussian_prior(), MEAN, COVARIANCE)
+    grid = torch.linspace(-6, 6, 2001, dtype=F64)
+    normal = torch.distributions.Normal(law.mean[0], law.covariance[0, 0].sqrt())
+    weight = torch.exp(-0.5 * grid**2) * (normal.cdf(1.5 - grid) - normal.cdf(0.5 - grid))
+    first, second = ((weight * grid**k).sum() / weight.sum() for k in (1, 2))
+
+    numbers = {"num_particles": 6, "num_steps": 150, "num_chains": 64, "warmup": 60, "step_size": 1.0}
+    run = sd.MarginalMH(sd.Bootstrap(bounded_model), ["shift"], **numbers, seed=1, progress=False).run(one)
+    draws = run.get_samples(group_by_chain=True)
+    shift, x = draws["shift"], draws["x"][..., 0]
+    assert bool(((x + shift - 1).abs() < 0.5).all())
+    assert run.acceptance is not None and float(run.acceptance.mean()) < 0.5
+    # Student's test over the chains' means, 5 standard errors of 64: 5e-6 each
+    for got, exact in ((shift, first), (shift**2, second)):
+        means = got.mean(1)
+        assert float((means.mean() - exact).abs()) < 5 * float(means.std()) / 8 < 0.5
+
+
+def test_marginal_metropolis_that_finds_nothing_possible_says_so() -> None:
+    def impossible(y=None):
+        shift = pyro.sample("shift", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+        rate = pyro.sample("x", gaussian_prior())[0] * 0 + (shift > 90).to(F64)
+        return pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    with pytest.raises(sd.smc.FilterError, match=r"chains \[0, 1\] of 2, so they have found no possible values"):
+        sd.MarginalMH(sd.Bootstrap(impossible), ["shift"], 2, 3, 2, seed=0, progress=False).run(Y[0] / 2)
+
+
 def test_what_cannot_be_moved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sites \['x'\] to move.*latents \[\]"):
         sd.MarginalMH(sd.TDS(gaussian_model), ["x"], 4, 2, progress=False).run(Y)

@@ -7,7 +7,7 @@ Nothing here imports ArviZ or Matplotlib until it is used: :mod:`smcdiff.diagnos
 from smcdiff.diagnostics.run import Run
 from smcdiff.diagnostics.summary import summarise
 from smcdiff.diagnostics.verdict import Diagnostics, Finding, diagnose
-from smcdiff.diagnostics.weights import effective_sample_size, pareto_k, perplexity, tempered
+from smcdiff.diagnostics.weights import effective_sample_size, entropy, pareto_k, perplexity, tempered
 
 __all__ = [
     "Diagnostics",
@@ -15,6 +15,7 @@ __all__ = [
     "Run",
     "diagnose",
     "effective_sample_size",
+    "entropy",
     "pareto_k",
     "perplexity",
     "summarise",

@@ -6,6 +6,10 @@ A run has b independent chains of n particles. Its pooled log-weights give chain
 
 with v the weights within the chain and Z_c the chain's estimate of the evidence, so that sum_{ci} w_{ci} f(x_{ci})
 estimates the posterior mean of f from all chains at once.
+
+Weights that have collapsed may be raised to a power for the sake of pictures (see
+:func:`~smcdiff.diagnostics.weights.tempered`). Such a run keeps the exact ones beside them, and it is these that
+diagnostics judge.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.diagnostics.weights import tempered
+from smcdiff.smc.resampling import Systematic
 
 __all__ = ["Run"]
 
@@ -33,8 +38,21 @@ class Run:
         ess: (steps, b), effective sample size after each step, the initial one included.
         log_z_path: (steps, b), the running log-evidence.
         roots: (steps, b), how many of the initial particles have descendants after each step; None if not recorded.
+        entropy: (steps, b), of the weights within each chain after each step, between 0 and log n; None if not
+            recorded.
+        resampled: (steps, b) of bool, whether a chain was resampled before the step; None if not recorded.
+        ancestors: (steps, b, n), index of each particle's parent among the particles of the step before; for the
+            initial step a particle is its own parent. None if not recorded.
+        log_z_variance: (b,), variance of ``log_z`` estimated from each chain's own genealogy; None where theory does
+            not cover the run.
         log_likelihood: {observed site: (b, n, *its shape)}, pointwise, in nats.
         observed: {observed site: its value}.
+        constants: {name: value}, what else the run was given. The truth of a site, where it is known, has the name
+            "SITE.truth".
+        about: numbers and strings that say where the run comes from: seed, method, versions.
+        exact_log_w: (b, n), the pooled log-weights before they were raised to ``exponent``; None where they are
+            ``log_w`` itself.
+        exponent: see there.
 
     Raises:
         ValueError: for shapes that do not fit each other, or weights that are all zero.
@@ -46,14 +64,27 @@ class Run:
     ess: Tensor
     log_z_path: Tensor
     roots: Tensor | None = None
+    entropy: Tensor | None = None
+    resampled: Tensor | None = None
+    ancestors: Tensor | None = None
+    log_z_variance: Tensor | None = None
     log_likelihood: Mapping[str, Tensor] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    about: Mapping[str, float | int | str] = field(default_factory=dict)
+    exact_log_w: Tensor | None = None
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         if self.log_w.ndim != 2:
             raise ValueError(f"got log_w of shape {tuple(self.log_w.shape)}; expected (chains, particles)")
-        b, steps = self.log_w.shape[0], self.ess.shape[0]
-        expected = {"log_z": (b,), "ess": (steps, b), "log_z_path": (steps, b), "roots": (steps, b)}
+        (b, n), steps = self.log_w.shape, self.ess.shape[0]
+        expected: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("ess", "log_z_path", "roots", "entropy", "resampled"), (steps, b)),
+            **dict.fromkeys(("log_z", "log_z_variance"), (b,)),
+            "ancestors": (steps, b, n),
+            "exact_log_w": (b, n),
+        }
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
@@ -64,11 +95,21 @@ class Run:
                     raise ValueError(
                         f"got {name!r} of shape {tuple(value.shape)}; expected {tuple(self.log_w.shape)} and the event"
                     )
-        log_w = self.log_w.to(torch.float64)
-        total = log_w.logsumexp((0, 1))
-        if not bool(torch.isfinite(total)):
-            raise ValueError("got weights that are all zero or not finite; expected at least one positive weight")
-        object.__setattr__(self, "log_w", log_w - total)
+        for name in ("log_w", "exact_log_w"):
+            if getattr(self, name) is None:
+                continue
+            log_w = getattr(self, name).to(torch.float64)
+            total = log_w.logsumexp((0, 1))
+            if not bool(torch.isfinite(total)):
+                raise ValueError("got weights that are all zero or not finite; expected at least one positive weight")
+            object.__setattr__(self, name, log_w - total)
+
+    @property
+    def exact(self) -> Run:
+        """The run with its exact weights."""
+        if self.exact_log_w is None:
+            return self
+        return dataclasses.replace(self, log_w=self.exact_log_w, exact_log_w=None, exponent=1.0)
 
     @property
     def chain_log_w(self) -> Tensor:
@@ -80,6 +121,14 @@ class Run:
         """(b, n), log-weights with logsumexp = 0 in every chain; equal in a chain whose weight is zero."""
         within = self.log_w - self.chain_log_w[:, None]
         return within.where(torch.isfinite(self.chain_log_w)[:, None], within.new_tensor(within.shape[1]).log().neg())
+
+    def equal_draws(self, seed: int = 0) -> Tensor:
+        """(b, n) of int64: the particles of each chain that stand for it with equal weights, in ancestor order.
+
+        Copies and relatives stand next to each other, so that autocorrelation counts them as what they are.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return Systematic()(self.within_chain_log_w.exp().cpu(), generator)
 
     def mean(self, site: str) -> Tensor:
         """(*event), the weighted mean of a site over all chains."""
@@ -107,8 +156,11 @@ class Run:
 
         See :func:`~smcdiff.diagnostics.weights.tempered`; the exponent is the second value, 1 if nothing was changed.
         """
-        log_w, exponent = tempered(self.log_w, min_ess)
-        return dataclasses.replace(self, log_w=log_w), exponent
+        exact = self.exact.log_w
+        log_w, exponent = tempered(exact, min_ess)
+        if exponent == 1:
+            return self.exact, exponent
+        return dataclasses.replace(self, log_w=log_w, exact_log_w=exact, exponent=exponent), exponent
 
     def _average(self, values: Tensor) -> Tensor:
         return torch.einsum("bn,bn...->...", self.log_w.exp().to(values.device), values)

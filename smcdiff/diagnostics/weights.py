@@ -2,7 +2,7 @@ r"""Can weighted particles be trusted? Numbers about their weights, and a verdic
 
 For weights w_1 ... w_S that sum to one:
 
-    ESS = 1 / sum(w^2),        perplexity = exp(-sum(w log w)),        both between 1 and S.
+    ESS = 1 / sum(w^2),    entropy = -sum(w log w),    perplexity = exp(entropy);    1 <= ESS <= perplexity <= S.
 
 The Pareto shape k-hat describes the tail of the distribution the weights came from: the M = min(S / 5, 3 sqrt(S))
 largest of them, less the next largest, follow nearly a generalised Pareto law with density
@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["effective_sample_size", "pareto_k", "perplexity", "tempered"]
+__all__ = ["effective_sample_size", "entropy", "pareto_k", "perplexity", "tempered"]
 
 _SMALLEST_TAIL = 5
 _BISECTIONS = 60
@@ -38,11 +38,15 @@ def effective_sample_size(log_w: Tensor) -> float:
     return float(ess.nan_to_num(0.0))
 
 
+def entropy(w: Tensor) -> Tensor:
+    """-sum(w log w) of normalised weights over the last axis, in nats: 0 if one has it all, log n if all are equal."""
+    return torch.special.entr(w).sum(-1)
+
+
 def perplexity(log_w: Tensor) -> float:
     """exp(entropy) of all the weights together, whatever their shape; 0 if none is positive."""
     log_w = log_w.to(torch.float64).flatten()
-    log_w = log_w - log_w.logsumexp(0)
-    return float((-torch.where(log_w == -torch.inf, 0.0, log_w.exp() * log_w).sum()).exp().nan_to_num(0.0))
+    return float(entropy((log_w - log_w.logsumexp(0)).exp()).exp().nan_to_num(0.0))
 
 
 def pareto_k(log_w: Tensor) -> float:

@@ -2,6 +2,7 @@ r"""The reverse chain of a diffusion model as a probability law.
 
     p(x_{t_K}) prod_{k=K}^{1} p(x_{t_{k-1}} given x_{t_k}),        x_{t_K} ~ N(0, (alpha_K^2 + sigma_K^2) I),
 
+or another law of x_{t_K} where the chain is given a :class:`~smcdiff.diffusion.start.Start`,
 is a joint law of K + 1 pictures whose last one, x_0, is a draw from the prior. Called with a name, a chain is a Pyro
 model with one sample site per step; this is the executable definition of the prior. The methods that filters run
 (:meth:`ReverseChain.estimate`, :meth:`ReverseChain.transition`) are the same numbers without Pyro around them.
@@ -10,15 +11,30 @@ model with one sample site per step; this is the executable definition of the pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
+from smcdiff.diffusion.covariance import Covariance
+from smcdiff.diffusion.covariance_models import CovarianceModel, KnowsCovariance
 from smcdiff.diffusion.denoiser import Denoiser, Estimate
-from smcdiff.diffusion.kernels import VARIANCES, Gaussian, ReverseStep, Variance, transition
+from smcdiff.diffusion.kernels import (
+    VARIANCES,
+    Gaussian,
+    Law,
+    ReverseStep,
+    StructuredGaussian,
+    Variance,
+    full_transition,
+    transition,
+)
 from smcdiff.diffusion.schedule import Grid, NoiseLevel, Schedule
+from smcdiff.diffusion.start import Start
 
 __all__ = ["ReverseChain"]
 
@@ -32,13 +48,17 @@ class ReverseChain:
         schedule: gives alpha_t and sigma_t.
         num_steps: K, at least 1.
         eta: share of the ancestral noise, in [0, 1]; 0 has no density.
-        variance: of a step: "posterior", "fixed_large", "learned" or "optimal" (see :mod:`smcdiff.diffusion.kernels`).
+        variance: of a step: "posterior", "fixed_large", "learned", "optimal" or "full" (see
+            :mod:`smcdiff.diffusion.kernels`).
         grid: where the noise times lie; None takes the schedule's default.
         clip: (low, high) that x0_hat is clipped to; part of the chain. None leaves it as it is.
         batch_shape: independent events in one draw, in front of the denoiser's event shape.
+        covariance: Cov[x_0 given x_t]; None takes the denoiser's own, where it knows one.
+        start: begin part of the way, at a noised picture; the law of x_0 is then another one. None begins at noise.
 
     Raises:
-        ValueError: for an eta outside [0, 1], an unknown variance, or a grid with too few distinct times.
+        ValueError: for an eta outside [0, 1], an unknown variance, a grid with too few distinct times, or a start
+            that is not of a draw's shape or outside the schedule's times.
     """
 
     denoiser: Denoiser
@@ -49,6 +69,8 @@ class ReverseChain:
     grid: Grid | None = None
     clip: tuple[float, float] | None = None
     batch_shape: tuple[int, ...] = ()
+    start: Start | None = None
+    covariance: CovarianceModel | None = None
     levels: tuple[NoiseLevel, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +78,21 @@ class ReverseChain:
             raise ValueError(f"got eta {self.eta}; expected a share of the ancestral noise in [0, 1]")
         if self.variance not in VARIANCES:
             raise ValueError(f"got variance {self.variance!r}; expected one of {VARIANCES}")
-        object.__setattr__(self, "levels", self.schedule.levels(self.num_steps, self.grid))
+        if self.covariance is None and isinstance(self.denoiser, KnowsCovariance):
+            object.__setattr__(self, "covariance", self.denoiser.covariance)
+        if self.variance == "full" and self.covariance is None:
+            raise ValueError(
+                'got variance="full" with a prior that knows no covariance of x_0 given x_t; measure it once with '
+                "prior.calibrate(images), or take another variance"
+            )
+        if self.variance == "full" and self.batch_shape:
+            raise ValueError('got variance="full" in a plate, which it does not support; give each event its own site')
+        if self.start is None:
+            levels = self.schedule.levels(self.num_steps, self.grid)
+        else:
+            levels = self.start.levels(self.schedule, self.num_steps, self.grid)
+            self.start.check_shape(self.shape)
+        object.__setattr__(self, "levels", levels)
 
     @property
     def shape(self) -> torch.Size:
@@ -67,7 +103,15 @@ class ReverseChain:
     def initial_scale(self) -> float:
         """Standard deviation of x_{t_K}."""
         top = self.levels[-1]
-        return float((top.alpha**2 + top.sigma**2) ** 0.5)
+        return float((top.alpha**2 + top.sigma**2) ** 0.5) if self.start is None else top.sigma
+
+    @property
+    def initial_mean(self) -> Tensor:
+        """Mean of x_{t_K}, of the shape of one draw."""
+        like = self.denoiser
+        if self.start is None:
+            return torch.zeros(self.shape, dtype=like.dtype, device=like.device)
+        return (self.levels[-1].alpha * self.start.image.to(like.device, like.dtype)).expand(self.shape)
 
     def expand(self, batch_shape: tuple[int, ...]) -> ReverseChain:
         """The chain of that many independent events."""
@@ -76,6 +120,11 @@ class ReverseChain:
     def step(self, k: int) -> ReverseStep:
         """The coefficients of the step from level k to level k - 1."""
         return ReverseStep(self.levels[k], self.levels[k - 1], self.eta)
+
+    def denoise(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        """x0_hat of events x_t, (m, *event), clipped as the chain clips it."""
+        mean = self.denoiser(x_t, level).mean
+        return mean if self.clip is None else mean.clamp(*self.clip)
 
     def estimate(self, k: int, x_t: Tensor) -> Estimate:
         """What the denoiser says at level k of particles x_t, (m, *shape); the one network evaluation of a step."""
@@ -91,21 +140,35 @@ class ReverseChain:
             return part.reshape(*shape, *part.shape[1:])
 
         variance, fraction = unfolded(estimate.variance), unfolded(estimate.fraction)
-        return Estimate(mean.reshape(x_t.shape), variance, fraction)
+        parts = {}
+        if self.covariance is not None and self.variance == "full":
+            parts = self.covariance.parts(self.denoiser, x_t, self.levels[k], Estimate(mean))
+        return Estimate(mean.reshape(x_t.shape), variance, fraction, parts)
 
-    def transition(self, k: int, x_t: Tensor, estimate: Estimate) -> Gaussian:
+    def covariance_of(self, k: int, x_t: Tensor, estimate: Estimate) -> Covariance | None:
+        """Cov[x_0 given x_{t_k} = x_t] of particles x_t, (m, *shape), or None where none is known."""
+        if self.covariance is None:
+            return None
+        return self.covariance.at(self.levels[k], estimate.parts, x_t)
+
+    def transition(self, k: int, x_t: Tensor, estimate: Estimate) -> Gaussian | StructuredGaussian:
         """p(x_{t_{k-1}} given x_{t_k} = x_t), from the estimate at x_t."""
+        covariance = self.covariance_of(k, x_t, estimate) if self.variance == "full" else None
+        if covariance is not None:
+            return full_transition(self.step(k), x_t, estimate.mean, covariance)
         return transition(self.step(k), x_t, estimate, self.variance)
 
     def __call__(self, name: str = "x") -> Tensor:
         """The chain as a Pyro model with sample sites ``name_K`` ... ``name_0``; returns x_0."""
         event_dim = len(self.denoiser.event_shape)
-        zero = torch.zeros(self.shape, dtype=self.denoiser.dtype, device=self.denoiser.device)
-        x = pyro.sample(f"{name}_{self.num_steps}", dist.Normal(zero, self.initial_scale).to_event(event_dim))
+        first = dist.Normal(self.initial_mean, self.initial_scale).to_event(event_dim)
+        x = pyro.sample(f"{name}_{self.num_steps}", first)
         for k in range(self.num_steps, 0, -1):
             law = self.transition(k, x[None], self.estimate(k, x[None]))
             mean = law.mean[0]
-            if law.variance is None:
+            if self.variance == "full":
+                x = pyro.sample(f"{name}_{k - 1}", LawOfOne(law))
+            elif law.variance is None:
                 x = pyro.sample(f"{name}_{k - 1}", dist.Delta(mean, event_dim=event_dim))
             else:
                 scale = law.variance[0].sqrt().expand(mean.shape)
@@ -121,7 +184,36 @@ class ReverseChain:
             like = self.denoiser
             return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
-        x = self.initial_scale * noise()
+        x = self.initial_mean + self.initial_scale * noise()
         for k in range(self.num_steps, 0, -1):
             x = self.transition(k, x, self.estimate(k, x)).sample(noise())
         return x
+
+
+class LawOfOne(TorchDistribution):
+    """A transition of one particle as a Pyro distribution.
+
+    Args:
+        law: of particles (1, *event).
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (the base class declares it so)
+
+    def __init__(self, law: Law) -> None:
+        self.law = law
+        super().__init__(torch.Size(), law.mean.shape[1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, self.event_dim)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (immutable)
+        """(*sample_shape, *event)."""
+        draws = [self.law.sample(torch.randn_like(self.law.mean)) for _ in range(torch.Size(sample_shape).numel())]
+        return torch.cat(draws).reshape(torch.Size(sample_shape) + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of values (..., *event), summed over the event in float64."""
+        flat = value.reshape(-1, *self.event_shape)
+        found = torch.cat([self.law.log_prob(one[None], event_dim=self.event_dim) for one in flat])
+        return found.reshape(value.shape[: value.ndim - self.event_dim])

@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -50,11 +50,13 @@ class Estimate:
         variance: Var[x_0 given x_t], its isotropic or per-pixel part, broadcastable to ``mean``; None where unknown.
         fraction: the network's learned interpolation of log beta_tilde (0) ... log beta (1), broadcastable to
             ``mean``; None where it has none.
+        parts: what a covariance model keeps of each particle, {name: (m, ...)}.
     """
 
     mean: Tensor
     variance: Tensor | None = None
     fraction: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Denoiser(Protocol):

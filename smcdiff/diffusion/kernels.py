@@ -14,6 +14,8 @@ density. The variance of the step is a choice of its own:
     fixed_large   beta = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2
     learned       log-linear between the two, as the network says
     optimal       kappa^2 + c^2 Var[x_0 given x_t],   the step's true second moment where the variance is known
+    full          kappa^2 I + c^2 Cov[x_0 given x_t], both moments of the true step: exact for a Gaussian prior at any
+                  number of steps
 
 At s = 0 the first three are deterministic, x_0 = x0_hat.
 
@@ -28,18 +30,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from smcdiff.diffusion.covariance import Covariance, Diagonal
 from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.schedule import NoiseLevel
 from smcdiff.transforms import PIXELS, Basis
 
-__all__ = ["Gaussian", "ReverseStep", "Variance", "transition"]
+__all__ = ["Gaussian", "Law", "ReverseStep", "StructuredGaussian", "Variance", "full_transition", "transition"]
 
-Variance = Literal["posterior", "fixed_large", "learned", "optimal"]
+Variance = Literal["posterior", "fixed_large", "learned", "optimal", "full"]
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
 
 
@@ -123,6 +126,50 @@ class ReverseStep:
     def beta(self) -> float:
         """Variance of q(x_t given x_s), the upper end of the reverse variance."""
         return self.t.sigma**2 - (self.t.alpha / self.s.alpha * self.s.sigma) ** 2
+
+
+class Law(Protocol):
+    """p(x_s given x_t): what a chain and a filter ask of it."""
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_s given x_t], (m, *event)."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A draw made of standard normal noise of the shape of ``mean``."""
+
+    def log_prob(self, x: Tensor, event_dim: int) -> Tensor:
+        """Log-density, summed over the event in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredGaussian:
+    """N(mean, C) with a covariance that is not diagonal in any fixed basis.
+
+    Args:
+        mean: (m, *event).
+        covariance: C.
+    """
+
+    mean: Tensor
+    covariance: Covariance
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + C^(1/2) noise, with standard normal noise of the shape of ``mean``."""
+        return self.mean + self.covariance.draw(noise)
+
+    def log_prob(self, x: Tensor, event_dim: int) -> Tensor:
+        """log N(x; self), (m,) of float64."""
+        return self.covariance.log_prob(x - self.mean)
+
+
+def full_transition(
+    step: ReverseStep, x_t: Tensor, mean: Tensor, covariance: Covariance
+) -> Gaussian | StructuredGaussian:
+    """N(b x_t + c x0_hat, kappa^2 I + c^2 C_t)."""
+    law = covariance.affine(step.c**2, step.kappa**2)
+    centre = step.b * x_t + step.c * mean
+    return Gaussian(centre, law.variance, law.basis) if isinstance(law, Diagonal) else StructuredGaussian(centre, law)
 
 
 def transition(step: ReverseStep, x_t: Tensor, estimate: Estimate, variance: Variance) -> Gaussian:

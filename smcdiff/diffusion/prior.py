@@ -9,10 +9,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from smcdiff.diffusion.calibration import Calibration, calibrate
 from smcdiff.diffusion.chain import ReverseChain
+from smcdiff.diffusion.covariance_models import CovarianceModel, SpectralBasis
 from smcdiff.diffusion.denoiser import Denoiser, WithVariance
 from smcdiff.diffusion.kernels import Variance
 from smcdiff.diffusion.schedule import Grid, Schedule
+from smcdiff.diffusion.start import Start
 
 __all__ = ["DiffusionPrior"]
 
@@ -28,13 +31,17 @@ class DiffusionPrior(TorchDistribution):
         schedule: gives alpha_t and sigma_t.
         num_steps: K, the number of steps of the chain.
         eta: share of the ancestral noise, in [0, 1].
-        variance: of a step: "posterior", "fixed_large", "learned" or "optimal" (see :mod:`smcdiff.diffusion.kernels`).
+        variance: of a step: "posterior", "fixed_large", "learned", "optimal" or "full" (see
+            :mod:`smcdiff.diffusion.kernels`).
         grid: where the noise times lie; None takes the schedule's default.
         clip: (low, high) that x0_hat is clipped to; part of the chain.
         batch_shape: independent events in one draw; Pyro's plates set it.
+        start: begin part of the way, at a noised picture; the prior is then another one. None begins at noise.
+        covariance: Cov[x_0 given x_t]; None takes the denoiser's own, where it knows one.
 
     Raises:
-        ValueError: for an eta outside [0, 1], an unknown variance, or more steps than the grid has distinct times.
+        ValueError: for an eta outside [0, 1], an unknown variance, more steps than the grid has distinct times, or a
+            start that is not of a draw's shape or outside the schedule's times.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (the base class declares it so)
@@ -51,8 +58,14 @@ class DiffusionPrior(TorchDistribution):
         grid: Grid | None = None,
         clip: tuple[float, float] | None = None,
         batch_shape: tuple[int, ...] = (),
+        start: Start | None = None,
+        covariance: CovarianceModel | None = None,
     ) -> None:
-        self.chain = ReverseChain(denoiser, schedule, num_steps, eta, variance, grid, clip, tuple(batch_shape))
+        self.chain = ReverseChain(
+            denoiser, schedule, num_steps, eta, variance, grid, clip, tuple(batch_shape), start, covariance
+        )
+        #: What was measured by :meth:`calibrate`, of a prior that it returned.
+        self.calibration: Calibration | None = None
         super().__init__(torch.Size(batch_shape), denoiser.event_shape, validate_args=False)
 
     @property
@@ -80,10 +93,21 @@ class DiffusionPrior(TorchDistribution):
         return self._with(batch_shape=tuple(batch_shape))
 
     def replace(
-        self, *, num_steps: int | None = None, variance: Variance | None = None, grid: Grid | None = None
+        self,
+        *,
+        num_steps: int | None = None,
+        variance: Variance | None = None,
+        grid: Grid | None = None,
+        start: Start | None = None,
+        covariance: CovarianceModel | None = None,
     ) -> DiffusionPrior:
-        """The same prior with another number of steps, step variance or time grid."""
-        return self._with(num_steps=num_steps, variance=variance, grid=grid)
+        """The same prior with another number of steps, step variance, time grid, start or covariance."""
+        return self._with(num_steps=num_steps, variance=variance, grid=grid, start=start, covariance=covariance)
+
+    @property
+    def covariance(self) -> CovarianceModel | None:
+        """Cov[x_0 given x_t], where it is known."""
+        return self.chain.covariance
 
     def with_measured_variance(self, images: Tensor, seed: int = 0, batch: int = 64) -> DiffusionPrior:
         """The same prior with ``variance="optimal"``, its Var[x_0 given x_t] measured on ``images``, level by level.
@@ -116,6 +140,36 @@ class DiffusionPrior(TorchDistribution):
         denoiser = WithVariance(chain.denoiser, ratios, torch.stack(errors).cpu())
         return self._with(denoiser=denoiser, variance="optimal")
 
+    def calibrate(
+        self,
+        images: Tensor,
+        *,
+        basis: SpectralBasis = "dct",
+        seed: int = 0,
+        batch: int = 64,
+        progress: bool = True,
+    ) -> DiffusionPrior:
+        """The same prior with a spectral covariance of x_0 given x_t, measured at its noise levels.
+
+        One network evaluation per image and step. The covariance serves other numbers of steps and time grids too:
+        between measured levels it is interpolated. What :func:`smcdiff.diffusion.calibration.calibrate` reports of the
+        residuals is in :attr:`calibration`.
+
+        Args:
+            images: clean events the network was not trained on, or draws from the prior, (number, *event).
+            basis: "dct" for pictures with edges, "fft" where the measurement is a circular convolution, or "pixels".
+            seed: of the noise.
+            batch: images put through the network at once.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: for images that cannot be used, or an unknown basis.
+        """
+        measured = calibrate(self.chain, images, basis=basis, seed=seed, batch=batch, progress=progress)
+        calibrated = self.replace(covariance=measured.covariance)
+        calibrated.calibration = measured
+        return calibrated
+
     def _with(
         self,
         denoiser: Denoiser | None = None,
@@ -123,6 +177,8 @@ class DiffusionPrior(TorchDistribution):
         variance: Variance | None = None,
         grid: Grid | None = None,
         batch_shape: tuple[int, ...] | None = None,
+        start: Start | None = None,
+        covariance: CovarianceModel | None = None,
     ) -> DiffusionPrior:
         chain = self.chain
         return DiffusionPrior(
@@ -134,4 +190,6 @@ class DiffusionPrior(TorchDistribution):
             grid=grid or chain.grid,
             clip=chain.clip,
             batch_shape=chain.batch_shape if batch_shape is None else batch_shape,
+            start=start or chain.start,
+            covariance=covariance or chain.covariance,
         )

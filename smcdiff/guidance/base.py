@@ -8,17 +8,31 @@ says where to move it, given what the chain would do. Both see one network evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from smcdiff.diffusion.denoiser import Estimate
-from smcdiff.diffusion.kernels import Gaussian, ReverseStep
+from smcdiff.diffusion.kernels import Gaussian, ReverseStep, StructuredGaussian
 from smcdiff.guidance.program import Program
 
-__all__ = ["Method", "Prediction", "Proposal", "SiteStep", "Twist"]
+__all__ = [
+    "ForwardOnly",
+    "IndependentTransition",
+    "InformedProposal",
+    "JointProposal",
+    "Method",
+    "Prediction",
+    "Proposal",
+    "SiteStep",
+    "Transition",
+    "Twist",
+    "WithHeld",
+    "log_ratio",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class SiteStep:
         estimate: what the denoiser said at x_t.
         p: the chain's own transition p(x_s given x_t).
         gradient: of the proposal's objective with respect to x_t, (m, *shape); None where it has no objective.
+        own: what a denoiser of the proposal's own said at x_t; None where it has none.
     """
 
     program: Program
@@ -71,8 +86,16 @@ class SiteStep:
     coefficients: ReverseStep
     x: Tensor
     estimate: Estimate
-    p: Gaussian
+    p: Any
     gradient: Tensor | None
+    own: Estimate | None = None
+
+    @classmethod
+    def at(cls, prediction: Prediction, name: str) -> SiteStep:
+        """The step that a latent is about to take from where it was just evaluated."""
+        chain, k = prediction.program.latents[name].chain, prediction.k
+        x, estimate = prediction.x[name], prediction.estimates[name]
+        return cls(prediction.program, name, k, chain.step(k), x, estimate, chain.transition(k, x, estimate), None)
 
 
 class Twist(Protocol):
@@ -92,6 +115,105 @@ class Proposal(Protocol):
         """The law of x_s for one latent. A point mass that differs from the chain's own is for one particle only."""
 
 
+class Transition(Protocol):
+    """p and q of one step of all latents of m particles."""
+
+    def sample(self, noise: Callable[[torch.Size], Tensor]) -> dict[str, Tensor]:
+        """x_s from q, {site: (m, *shape)}.
+
+        Args:
+            noise: standard normal numbers of a shape.
+        """
+
+    def log_ratio(self, x: dict[str, Tensor]) -> Tensor:
+        """log p(x_s given x_t) - log q(x_s given x_t, y), (m,) of float64."""
+
+    def log_p(self, x: dict[str, Tensor]) -> Tensor:
+        """log p(x_s given x_t), (m,) of float64."""
+
+
+@runtime_checkable
+class InformedProposal(Protocol):
+    """A proposal with denoisers of its own. They are asked once at every particle, which carries what they said."""
+
+    def inform(self, prediction: Prediction) -> dict[str, Estimate]:
+        """What they say at x_t, {site: Estimate}: one network evaluation each, without gradients."""
+
+
+@runtime_checkable
+class JointProposal(Protocol):
+    """A proposal that moves all latents together."""
+
+    def objective(self, prediction: Prediction, log_psi: Tensor) -> Tensor | None:
+        """As that of a :class:`Proposal`."""
+
+    def transition(self, steps: dict[str, SiteStep]) -> Transition:
+        """p and q of latents about to take these steps; latents that are held are not among them."""
+
+
+@dataclass(frozen=True, eq=False)
+class IndependentTransition:
+    """p and q that are products over latents.
+
+    Args:
+        laws: {site: (p, q)}.
+    """
+
+    laws: dict[str, tuple[Gaussian | StructuredGaussian, Gaussian | StructuredGaussian]]
+
+    def sample(self, noise: Callable[[torch.Size], Tensor]) -> dict[str, Tensor]:
+        return {name: q.sample(noise(p.mean.shape)) for name, (p, q) in self.laws.items()}
+
+    def log_ratio(self, x: dict[str, Tensor]) -> Tensor:
+        return _total(log_ratio(p, q, x[name]) for name, (p, q) in self.laws.items())
+
+    def log_p(self, x: dict[str, Tensor]) -> Tensor:
+        return _total(p.log_prob(x[name], event_dim=x[name].ndim - 1) for name, (p, _) in self.laws.items())
+
+
+@dataclass(frozen=True, eq=False)
+class WithHeld:
+    """A joint transition beside the latents that stay where they are.
+
+    Args:
+        moving: of the others.
+        held: of those that stay.
+    """
+
+    moving: Transition
+    held: IndependentTransition
+
+    def sample(self, noise: Callable[[torch.Size], Tensor]) -> dict[str, Tensor]:
+        return {**self.moving.sample(noise), **{name: p.mean for name, (p, _) in self.held.laws.items()}}
+
+    def log_ratio(self, x: dict[str, Tensor]) -> Tensor:
+        return self.moving.log_ratio(x)
+
+    def log_p(self, x: dict[str, Tensor]) -> Tensor:
+        return self.moving.log_p(x)
+
+
+def log_ratio(p: Gaussian | StructuredGaussian, q: Gaussian | StructuredGaussian, x: Tensor) -> Tensor:
+    """log p - log q, as one difference where both are diagonal."""
+    event_dim = x.ndim - 1
+    if isinstance(p, Gaussian) and isinstance(q, Gaussian):
+        return p.log_density_ratio(q, x, event_dim)
+    return x.new_zeros(len(x), dtype=torch.float64) if p is q else p.log_prob(x, event_dim) - q.log_prob(x, event_dim)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
+
+
+@runtime_checkable
+class ForwardOnly(Protocol):
+    """A method that says whether it does without gradients through the denoisers; the others are taken to need them."""
+
+    @property
+    def forward_only(self) -> bool:
+        """True: denoisers are run without recording a graph."""
+
+
 class Method(Protocol):
     """A method applied to a Pyro program: what :class:`smcdiff.SMC` runs."""
 
@@ -104,5 +226,5 @@ class Method(Protocol):
         """Weighs the particles."""
 
     @property
-    def proposal(self) -> Proposal:
+    def proposal(self) -> Proposal | JointProposal:
         """Moves the particles."""

@@ -7,6 +7,8 @@ is recognised as such a problem, or it is said what in it is not and which metho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class LinearMeasurement:
     sigma_y: Tensor
     x: Tensor
 
-    @property
+    @cached_property
     def svd(self) -> SVD | None:
         """A = U diag(s) V^T on such events, or None where no fast one is known."""
         return self.operator.svd(self.x)
@@ -65,13 +67,21 @@ class LinearMeasurement:
         Raises:
             TypeError: where it differs between measured values.
         """
-        low, high = float(self.sigma_y.min()), float(self.sigma_y.max())
+        low, high = self._sigma_range
         if low != high:
             raise TypeError(
                 f"{who} needs one noise level for all measured values and got sigma from {low:.4g} to {high:.4g}; use "
                 "sd.Adapted or sd.TDS, which take any"
             )
         return low
+
+    @cached_property
+    def _sigma_range(self) -> tuple[float, float]:
+        return float(self.sigma_y.min()), float(self.sigma_y.max())
+
+
+#: What was found of each program that still exists: methods ask at every step, and looking waits for the device.
+_FOUND: WeakKeyDictionary[Program, LinearMeasurement] = WeakKeyDictionary()
 
 
 def linear_measurement(program: Program, who: str) -> LinearMeasurement:
@@ -84,6 +94,13 @@ def linear_measurement(program: Program, who: str) -> LinearMeasurement:
         TypeError: for a program with several sites, another noise law, an operator that is not linear, a noise level
             that is itself a latent, or a mask; each with the remedy.
     """
+    found = _FOUND.get(program)
+    if found is None:
+        found = _FOUND[program] = _recognise(program, who)
+    return found
+
+
+def _recognise(program: Program, who: str) -> LinearMeasurement:
     remedy = "use sd.TDS or sd.DPS, which take any program"
     latents, laws = program.latents, program.probe.laws
     if len(latents) != 1 or not next(iter(latents.values())).is_diffusion or len(laws) != 1:

@@ -104,6 +104,8 @@ class Program:
         held: dict[str, Tensor] | None = None,
     ) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs or {}
+        #: What methods have computed of this program once and for all.
+        self.cache: dict[Any, Any] = {}
         self.held = held or {}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -217,6 +219,15 @@ class Program:
         y = torch.cat([value.reshape(-1) for value in self.observed.values()]).to(mean.dtype)
         return y, mean, precision
 
+    def scores(self, state: dict[str, Tensor], score: Score) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """``score`` of each observed site for one particle, and what the site's scale and mask make of such values.
+
+        Args:
+            state: {site: (*shape)}, without a particles' axis; call it under ``torch.func.vmap`` for more.
+        """
+        fill = self._run(state, score)
+        return {name: (raw, fill.weights[name]) for name, raw in fill.raw.items()}
+
     def values(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """The latents and deterministic sites in the program's own units: {site: (m, *event)}."""
         return self._map(lambda state: self._run(state, pointwise_log_prob).values, states)
@@ -234,6 +245,7 @@ class Program:
                 top, bottom = (chain.estimate(k, chain.levels[k].sigma * noise).mean for k in (chain.num_steps, 1))
             states[name] = top + 0.1 * noise
             settings = f"{chain.num_steps} steps, eta {chain.eta}, {chain.variance} variance, clip {chain.clip}"
+            settings += "" if chain.start is None else f", {chain.start}"
             shown = f"x0_hat {float(top.double().sum()):.5g}, {float(bottom.double().sum()):.5g}"
             sites.append(f"{name} {tuple(chain.shape)}: {settings}, {shown}")
         data = [f"{name} {tuple(y.shape)}: {float(y.double().sum()):.8g}" for name, y in self.observed.items()]
@@ -273,7 +285,9 @@ class Program:
         denoiser = StandardNormalDenoiser(event_shape, self.dtype, self.device)
         if beside is None:
             return ReverseChain(denoiser, VPSchedule(), variance="optimal", batch_shape=batch_shape)
-        return replace(beside, denoiser=denoiser, eta=1.0, variance="optimal", clip=None, batch_shape=batch_shape)
+        return replace(
+            beside, denoiser=denoiser, eta=1.0, variance="optimal", clip=None, batch_shape=batch_shape, start=None
+        )
 
 
 class _Fill(Messenger):
@@ -314,7 +328,7 @@ class _Probe(Messenger):
         if isinstance(fn, DiffusionPrior) and not msg["is_observed"]:
             chain = fn.chain
             noise = torch.randn(chain.shape, dtype=chain.denoiser.dtype, device="cpu").to(chain.denoiser.device)
-            estimate = chain.estimate(chain.num_steps, chain.initial_scale * noise[None])
+            estimate = chain.estimate(chain.num_steps, (chain.initial_mean + chain.initial_scale * noise)[None])
             msg["value"], msg["done"] = estimate.mean[0], True
 
 

@@ -1,6 +1,6 @@
 r"""A program, its chains and a method as a Feynman-Kac model: the twisted particle filter.
 
-    initial     x_T ~ N(0, (alpha_T^2 + sigma_T^2) I),           log_g = log psi_T(x_T)
+    initial     x_T ~ p(x_T), N(0, (alpha_T^2 + sigma_T^2) I),   log_g = log psi_T(x_T)
     t -> s      x_s ~ q(x_s given x_t, y),                       log_g = log p(x_s given x_t) - log q(x_s given x_t, y)
                                                                          + log psi_s(x_s) - log psi_t(x_t)
     s = 0       psi_0 = p(y given x_0)
@@ -24,7 +24,17 @@ from torch import Tensor
 
 from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.kernels import Gaussian
-from smcdiff.guidance.base import Method, Prediction, SiteStep
+from smcdiff.guidance.base import (
+    ForwardOnly,
+    IndependentTransition,
+    InformedProposal,
+    JointProposal,
+    Method,
+    Prediction,
+    SiteStep,
+    Transition,
+    WithHeld,
+)
 from smcdiff.guidance.program import Program
 from smcdiff.smc.feynman_kac import Move, Particles
 
@@ -80,70 +90,79 @@ class TwistedModel:
         return f"step k = {k} of K = {self.num_steps}, noise time t = {chain.levels[k].t:.6g}"
 
     def initial(self, num_chains: int, num_particles: int, generator: torch.Generator) -> Move:
-        """x_T from N(0, (alpha_T^2 + sigma_T^2) I) and log psi_T."""
+        """x_T from the chain's first law, and log psi_T."""
         x = {}
         for name, latent in self.program.latents.items():
-            noise = self._noise((num_chains, num_particles, *latent.chain.shape), generator)
+            chain = latent.chain
+            noise = self._noise((num_chains, num_particles, *chain.shape), generator)
             held = self.program.held.get(name)
-            x[name] = latent.chain.initial_scale * noise if held is None else held[:, None].expand(noise.shape)
-        particles, faults = self._evaluate(self.num_steps, x)
+            first = chain.initial_mean + chain.initial_scale * noise
+            x[name] = first if held is None else held[:, None].expand(noise.shape)
+        particles, faults = self.evaluate(self.num_steps, x)
         return Move(particles, particles["log_psi"], faults)
 
     def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
         """x_s from q, and the incremental weight."""
+        x, log_ratio = self.propose(i, particles, generator)
+        moved, faults = self.evaluate(self.num_steps - i, x)
+        return Move(moved, log_ratio + moved["log_psi"] - particles["log_psi"], faults)
+
+    def propose(self, i: int, particles: Particles, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """x_s from q, {site: (b, n, *event)}, and log p(x_s given x_t) - log q(x_s given x_t, y), (b, n)."""
         b, n = particles["log_psi"].shape
-        x, log_ratio = {}, torch.zeros(b * n, dtype=torch.float64, device=self.device)
-        for name, (p, q) in self._laws(i, particles).items():
-            if q.variance is None and q is not p:  # a point mass other than the chain's own has no weight ...
-                if n > 1:
-                    q = p  # ... so weighted particles keep to the chain,
-                else:
-                    self.has_density = False  # and a single one, which needs no weight, goes without evidence
-            x_s = q.sample(self._noise(p.mean.shape, generator))
-            log_ratio = log_ratio + p.log_density_ratio(q, x_s, event_dim=x_s.ndim - 1)
-            x[name] = x_s.unflatten(0, (b, n))
-        moved, faults = self._evaluate(self.num_steps - i, x)
-        log_g = log_ratio.reshape(b, n) + moved["log_psi"] - particles["log_psi"]
-        return Move(moved, log_g, faults)
+        transition = self._transition(i, particles, weighted=n > 1)
+        x = transition.sample(lambda shape: self._noise(shape, generator))
+        log_ratio = transition.log_ratio(x)
+        return {name: value.unflatten(0, (b, n)) for name, value in x.items()}, log_ratio.reshape(b, n)
 
     def log_potential(self, i: int, previous: Particles | None, current: Particles) -> Tensor:
         """log G_i of given particles, as :meth:`step` reports it, (b, n); for conditional moves."""
         if previous is None:
             return current["log_psi"]
-        log_ratio = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for name, (p, q) in self._laws(i, previous).items():
-            x_s = current[name].flatten(0, 1)
-            log_ratio = log_ratio + p.log_density_ratio(q, x_s, event_dim=x_s.ndim - 1)
+        log_ratio = self._transition(i, previous).log_ratio(self._states(current))
         return log_ratio.reshape(current["log_psi"].shape) + current["log_psi"] - previous["log_psi"]
 
     def log_transition(self, i: int, previous: Particles, current: Particles) -> Tensor:
         """log p(x_s given x_t) - log psi_t(x_t), (b, n): all of a path's density that depends on x_t."""
-        log_p = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for name, (p, _) in self._laws(i, previous).items():
-            x_s = current[name].flatten(0, 1)
-            log_p = log_p + p.log_prob(x_s, event_dim=x_s.ndim - 1)
+        log_p = self._transition(i, previous).log_p(self._states(current))
         return log_p.reshape(previous["log_psi"].shape) - previous["log_psi"]
 
-    def _laws(self, i: int, particles: Particles) -> dict[str, tuple[Gaussian, Gaussian]]:
-        """p and q of filter step i for each latent, from what particles carry; particles and chains in one axis."""
+    def _states(self, particles: Particles) -> dict[str, Tensor]:
+        return {name: particles[name].flatten(0, 1) for name in self.program.latents}
+
+    def _transition(self, i: int, particles: Particles, *, weighted: bool = True) -> Transition:
+        """p and q of filter step i, from what particles carry; particles and chains in one axis."""
         k = self.num_steps + 1 - i
-        laws = {}
+        steps, laws = {}, {}
         for name, latent in self.program.latents.items():
-            here = {part: particles[key].flatten(0, 1) for part in _PARTS if (key := f"{name}/{part}") in particles}
             x_t = particles[name].flatten(0, 1)
             if name in self.program.held:
-                p = q = Gaussian(x_t, None)
-            else:
-                estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"))
-                p = latent.chain.transition(k, x_t, estimate)
-                step = latent.chain.step(k)
-                q = self.method.proposal.q(
-                    SiteStep(self.program, name, k, step, x_t, estimate, p, here.get("gradient"))
-                )
+                stay = Gaussian(x_t, None)
+                laws[name] = (stay, stay)
+                continue
+            prefix = f"{name}/"
+            here = {key[len(prefix) :]: v.flatten(0, 1) for key, v in particles.items() if key.startswith(prefix)}
+            parts = {key[len(_OF_COVARIANCE) :]: v for key, v in here.items() if key.startswith(_OF_COVARIANCE)}
+            estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"), parts)
+            p = latent.chain.transition(k, x_t, estimate)
+            step = latent.chain.step(k)
+            own = None
+            if f"{_OWN}x0_hat" in here:
+                own = Estimate(here[f"{_OWN}x0_hat"], here.get(f"{_OWN}variance"), here.get(f"{_OWN}fraction"))
+            steps[name] = SiteStep(self.program, name, k, step, x_t, estimate, p, here.get("gradient"), own)
+        proposal = self.method.proposal
+        if isinstance(proposal, JointProposal):
+            return WithHeld(proposal.transition(steps), IndependentTransition(laws))
+        for name, step in steps.items():
+            p, q = step.p, proposal.q(step)
+            if isinstance(q, Gaussian) and q.variance is None and q is not p:
+                # a point mass other than the chain's own has no weight: weighted particles keep to the chain,
+                # and a single one, which needs no weight, goes without evidence
+                q, self.has_density = (p, self.has_density) if weighted else (q, False)
             laws[name] = (p, q)
-        return laws
+        return IndependentTransition(laws)
 
-    def _evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:
+    def evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:
         """All that particles at noise level k carry, and what went wrong in which chain."""
         b, n = next(iter(x.values())).shape[:2]
         flat = {name: value.flatten(0, 1) for name, value in x.items()}
@@ -159,8 +178,9 @@ class TwistedModel:
     def _predict(self, k: int, x: dict[str, Tensor]) -> Particles:
         """Denoisers, twist and gradient on one batch (m, *shape): the network's one evaluation."""
         proposal = self.method.proposal
-        with torch.enable_grad():
-            x = {name: value.detach().requires_grad_() for name, value in x.items()}
+        forward_only = isinstance(self.method, ForwardOnly) and self.method.forward_only
+        with torch.set_grad_enabled(not forward_only):
+            x = {name: value.detach().requires_grad_(not forward_only) for name, value in x.items()}
             estimates = {
                 name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name])
                 for name, latent in self.program.latents.items()
@@ -175,17 +195,25 @@ class TwistedModel:
                 )
                 gradients = dict(zip(x, found, strict=True))
                 self._spent_graph = objective
+        own: dict[str, Estimate] = {}
+        if isinstance(proposal, InformedProposal):
+            with torch.no_grad():
+                own = proposal.inform(prediction)
         diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())  # these have networks
-        self.evaluations.forward += diffusion * len(log_psi)
+        self.evaluations.forward += (diffusion + len(own)) * len(log_psi)
         self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
         carried: Particles = {"log_psi": log_psi.detach()}
         for name, value in x.items():
             estimate = estimates[name]
             carried[name] = value.detach()
-            carried[f"{name}/x0_hat"] = estimate.mean.detach()
-            for part, tensor in (("variance", estimate.variance), ("fraction", estimate.fraction)):
-                if tensor is not None:
-                    carried[f"{name}/{part}"] = tensor.detach().expand(len(value), *tensor.shape[1:])
+            said = {"": estimate, _OWN: own[name]} if name in own else {"": estimate}
+            for prefix, what in said.items():
+                carried[f"{name}/{prefix}x0_hat"] = what.mean.detach()
+                for part, tensor in (("variance", what.variance), ("fraction", what.fraction)):
+                    if tensor is not None:
+                        carried[f"{name}/{prefix}{part}"] = tensor.detach().expand(len(value), *tensor.shape[1:])
+            for key, tensor in estimate.parts.items():
+                carried[f"{name}/{_OF_COVARIANCE}{key}"] = tensor.detach()
             if gradients:
                 carried[f"{name}/gradient"] = gradients[name]
         return carried
@@ -194,8 +222,8 @@ class TwistedModel:
         return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)
 
 
-#: What a particle carries of a latent besides its state.
-_PARTS = ("x0_hat", "variance", "fraction", "gradient")
+#: Before the names of what a covariance model keeps of a particle, and of what a proposal's own denoiser said.
+_OF_COVARIANCE, _OWN = "covariance/", "own/"
 
 
 def _faults(particles: Particles) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from smcdiff.measurement.compose import (
     as_linear,
     as_operator,
 )
+from smcdiff.measurement.continuous import LaplaceMeasurement, LogNormalMeasurement, MixedMeasurement
 from smcdiff.measurement.distributions import GaussianMeasurement, Measurement, PoissonMeasurement
 from smcdiff.measurement.fourier import FourierMagnitude, FourierSampling
 from smcdiff.measurement.linear import Downsample, Grey, Identity, Mask, Matrix, Select
@@ -39,13 +40,16 @@ __all__ = [
     "GaussianMeasurement",
     "Grey",
     "Identity",
+    "LaplaceMeasurement",
     "LinearComposition",
     "LinearFunction",
     "LinearOperator",
     "LinearPhysics",
+    "LogNormalMeasurement",
     "Mask",
     "Matrix",
     "Measurement",
+    "MixedMeasurement",
     "Moments",
     "Operator",
     "Padding",

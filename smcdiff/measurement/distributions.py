@@ -1,6 +1,6 @@
 r"""Noise laws of a measurement y of A(x), as Pyro distributions that remember the operator and x.
 
-Any Pyro distribution can be an observed site of a program. These two also tell a method which operator made the
+Any Pyro distribution can be an observed site of a program. These also tell a method which operator made the
 measurement, which linear methods need, and give the log-likelihood per pixel.
 """
 
@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from smcdiff.measurement.checks import broadcasts, holds, is_validating, require_finite
 from smcdiff.measurement.compose import as_operator
 
-__all__ = ["GaussianMeasurement", "Measurement", "PoissonMeasurement"]
+__all__ = ["GaussianMeasurement", "Measurement", "PoissonMeasurement", "positive_part"]
 
 _Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -213,7 +213,7 @@ class PoissonMeasurement(Measurement):
         self.gain = self._parameter("gain", gain, positive=True)
         self.background = self._parameter("background", background, positive=False)
         self.floor = floor
-        self._mean = self.background + _positive_part(self.gain * self._mean, floor)
+        self._mean = self.background + positive_part(self.gain * self._mean, floor)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -239,7 +239,7 @@ class PoissonMeasurement(Measurement):
         return value * self._mean.log() - self._mean - torch.lgamma(value + 1)
 
 
-def _positive_part(u: Tensor, floor: float) -> Tensor:
+def positive_part(u: Tensor, floor: float) -> Tensor:
     """The larger root r of r^2 - u r - f^2 = 0, free of cancellation: the product of the roots is -f^2."""
     positive = u >= 0
     size = torch.where(positive, u, -u)

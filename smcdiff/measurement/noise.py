@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smcdiff.measurement.continuous import MixedMeasurement
 from smcdiff.measurement.distributions import GaussianMeasurement, PoissonMeasurement
 
 __all__ = ["Moments", "gaussian_moments", "poisson_moments"]
@@ -28,11 +29,12 @@ class Moments:
 def gaussian_moments(law: object) -> Moments | None:
     """The moments of a Gaussian law with independent pixels, or None for any other law.
 
-    It knows :class:`GaussianMeasurement` and ``Normal``, also within any number of ``to_event``. A
-    ``MultivariateNormal`` has correlated pixels and a masked distribution has pixels without a law: both give None.
+    It knows :class:`GaussianMeasurement`, :class:`MixedMeasurement`, whose variance depends on x, and ``Normal``, also
+    within any number of ``to_event``. A ``MultivariateNormal`` has correlated pixels and a masked distribution has
+    pixels without a law: both give None.
     """
     base = _innermost(law)
-    if isinstance(base, GaussianMeasurement | torch.distributions.Normal):
+    if isinstance(base, GaussianMeasurement | MixedMeasurement | torch.distributions.Normal):
         return Moments(base.mean, base.variance)
     return None
 

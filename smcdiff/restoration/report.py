@@ -1,8 +1,10 @@
-"""A restoration as a folder of files: pictures, plots, the ArviZ object, and a summary that says what to trust."""
+"""A restoration as a folder of files: a report to open, pictures, plots, the ArviZ object, and a summary in words."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ __all__ = ["Truth", "psnr", "retention", "write_report"]
 _DRAWS = 4
 
 _FILES = """Files
+  report.html      everything below on one page
   observation.png  the picture that was restored
   mean.png         posterior mean: the best guess of every pixel
   sd.png           posterior standard deviation of every pixel, black 0, white {largest:.3f}
@@ -60,12 +63,23 @@ def retention(images: Tensor, truth: Truth) -> Tensor:
     return seen @ change / (change @ change)
 
 
-def write_report(result: Restoration, folder: Path, truth: Truth | None = None) -> str:
-    """Write all files into ``folder``, which is made if need be, and return the summary."""
+def write_report(
+    result: Restoration, folder: Path, truth: Truth | None = None, about: Mapping[str, str] | None = None
+) -> str:
+    """Write all files into ``folder``, which is made if need be, and return the summary.
+
+    Args:
+        result: the restoration.
+        folder: to write to.
+        truth: what is known of the scene.
+        about: more to say of where the result comes from, such as its "command" and the "title" of its report.
+    """
     from matplotlib.figure import Figure
 
-    from smcdiff.diagnostics.arviz import to_arviz
+    from smcdiff.diagnostics.arviz import write
+    from smcdiff.diagnostics.export import run_groups
     from smcdiff.diagnostics.plots import plot_posterior, plot_steps
+    from smcdiff.diagnostics.report import report
 
     folder.mkdir(parents=True, exist_ok=True)
     mean, sd, draws = result.mean, result.sd, result.draws(_DRAWS)
@@ -81,10 +95,22 @@ def write_report(result: Restoration, folder: Path, truth: Truth | None = None) 
     steps = Figure(figsize=(7.0, 5.0))
     plot_steps(result.run, figure=steps)
     steps.savefig(folder / "evidence.png", dpi=150)
-    attributes = {"tempering_exponent": result.exponent, "verdict": result.diagnostics.verdict, **_settings(result)}
-    to_arviz(result.run, attributes).to_netcdf(str(folder / "posterior.nc"))
+    run = dataclasses.replace(
+        result.run,
+        constants={**result.run.constants, **({} if truth is None else {"x.truth": truth.image})},
+        about={
+            **result.run.about,
+            **_settings(result),
+            "noise": _law(result),
+            "seconds": result.seconds,
+            "verdict": result.diagnostics.verdict,
+            **(about or {}),
+        },
+    )
+    write(run_groups(run), folder / "posterior.nc")
     text = summary(result, truth) + "\n\n" + _FILES.format(largest=largest, draws=_DRAWS) + "\n"
     (folder / "summary.txt").write_text(text)
+    (folder / "report.html").write_text(report(run, str(run.about.get("title", "Restoration")), text), encoding="utf-8")
     return text
 
 
@@ -92,12 +118,10 @@ def summary(result: Restoration, truth: Truth | None = None) -> str:
     """What was done, what came out, and how far to trust it."""
     settings = "  ".join(f"{name} {value:g}" for name, value in _settings(result).items())
     noise = result.acquisition.noise
-    law = f"{'shot' if noise.shot else 'Gaussian'} noise, sigma {noise.sigma:.4g}"
-    law += f", row correlation {noise.row_correlation:.2f}" if noise.row_correlation else ""
     lines = [
         f"Restored a picture of {result.y.shape[-2]} x {result.y.shape[-1]} pixels in {result.seconds:.0f} s",
         f"  {settings}",
-        f"  {law} (grey values from -1, black, to 1, white)",
+        f"  {_law(result)} (grey values from -1, black, to 1, white)",
     ]
     if noise.width:
         sigma = result.run
@@ -123,8 +147,7 @@ def _about_pictures(result: Restoration) -> list[str]:
         "chains propose, corrected only in part:",
         f"take the mean as a good restoration, and the standard deviation as a guide, from about {chains} independent",
         "draws, to where the data leave room. It is not an error bar that was proved right. The verdict above is that",
-        "of the exact weights; posterior.nc holds the tempered ones, and dividing log_weight by the exponent gives the",
-        "exact ones back, up to a constant." if result.exponent > 0 else "equal for all particles.",
+        "of the exact weights; posterior.nc holds both, as log_weight and exact_log_weight.",
     ]
 
 
@@ -147,6 +170,12 @@ def _against(truth: Truth, result: Restoration) -> list[str]:
         lines.insert(1, f"  PSNR of the picture         {psnr(result.y, truth.image):.2f} dB")
         lines.append(f"  of it in the picture before restoration: {100 * float(retention(result.y, truth)):.0f} %")
     return lines
+
+
+def _law(result: Restoration) -> str:
+    noise = result.acquisition.noise
+    law = f"{'shot' if noise.shot else 'Gaussian'} noise, sigma {noise.sigma:.4g}"
+    return law + (f", row correlation {noise.row_correlation:.2f}" if noise.row_correlation else "")
 
 
 def _settings(result: Restoration) -> dict[str, int]:

@@ -5,6 +5,7 @@ from smcdiff.smc.conditional import ConditionalFeynmanKac, ConditionalSMC, Past,
 from smcdiff.smc.evidence import error_over_chains, evidence_variance, expectation_variance
 from smcdiff.smc.faults import FilterError, check
 from smcdiff.smc.feynman_kac import FeynmanKac, Move, Particles
+from smcdiff.smc.graph import Capture, CaptureError
 from smcdiff.smc.particle_filter import FilterResult, ParticleFilter
 from smcdiff.smc.records import History, Records
 from smcdiff.smc.resampling import (
@@ -21,6 +22,8 @@ from smcdiff.smc.state import FilterState
 
 __all__ = [
     "SSP",
+    "Capture",
+    "CaptureError",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",

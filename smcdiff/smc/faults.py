@@ -15,7 +15,7 @@ from torch import Tensor
 from smcdiff.smc.feynman_kac import FeynmanKac
 from smcdiff.smc.state import FilterState
 
-__all__ = ["NEVER", "DescribesSteps", "FilterError", "check"]
+__all__ = ["NEVER", "DescribesSteps", "FilterError", "all_zero", "check"]
 
 #: In place of a step: this chain never had the fault.
 NEVER = 2**62
@@ -42,8 +42,8 @@ class DescribesSteps(Protocol):
         """Name of move i, for example ``"k = 93, t = 0.62"``."""
 
 
-def merge(faults: Mapping[str, Tensor], step: int, flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """First steps (b,) of all faults, after ``flags`` (b,) of bool were found at ``step``."""
+def merge(faults: Mapping[str, Tensor], step: int | Tensor, flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """First steps (b,) of all faults, after ``flags`` (b,) of bool were found at ``step``, a number or 0-d int64."""
     merged = dict(faults)
     for name, flag in flags.items():
         here = torch.where(flag, step, NEVER)
@@ -51,11 +51,21 @@ def merge(faults: Mapping[str, Tensor], step: int, flags: Mapping[str, Tensor]) 
     return merged
 
 
-def check(state: FilterState, feynman_kac: FeynmanKac) -> None:
+def all_zero(state: FilterState) -> Tensor:
+    """Chains (b,) of bool whose first fault is that all weights were zero: their estimate of Z is zero."""
+    others = [step for name, step in state.faults.items() if name != ALL_ZERO]
+    return state.faults[ALL_ZERO] < torch.stack(others).amin(0)
+
+
+def check(state: FilterState, feynman_kac: FeynmanKac, *, zero_allowed: bool = False) -> None:
     """Raise if a chain has had a fault up to ``state``. Synchronises with the host once.
 
     A fault brings others in its train, so each chain is reported by its earliest one; at the same step those that the
     model named come before a log-weight that is not a number, and that before weights that are all zero.
+
+    Args:
+        zero_allowed: weights that are all zero are an estimate of zero and no error, where they are a chain's first
+            fault: see :func:`all_zero`.
 
     Raises:
         FilterError: naming step, chains, fault and remedy.
@@ -67,8 +77,9 @@ def check(state: FilterState, feynman_kac: FeynmanKac) -> None:
     found: dict[tuple[int, str], list[int]] = {}
     for chain, steps in enumerate(zip(*table, strict=True)):
         first = min(steps)
-        if first != NEVER:
-            found.setdefault((first, names[steps.index(first)]), []).append(chain)
+        name = names[steps.index(first)]
+        if first != NEVER and not (zero_allowed and name == ALL_ZERO):
+            found.setdefault((first, name), []).append(chain)
     if found:
         (step, name), chains = min(found.items(), key=lambda item: item[0][0])
         also = sorted({chain for others in found.values() for chain in others} - set(chains))

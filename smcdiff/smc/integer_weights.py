@@ -1,4 +1,4 @@
-r"""Weights as integers, so that resampling is exact: x_i = round(2^60 w_i), cumulative sums c_i, total c_n.
+r"""Weights as integers, so that resampling is exact: x_i = floor(2^60 w_i), cumulative sums c_i, total c_n.
 
 Sums of integers do not depend on their order, so c is exact and monotone on every device (a parallel scan of floats
 need not be); a particle with x_i = 0 has c_i = c_{i-1} and can never be picked; no index leaves its range. The line of
@@ -18,6 +18,7 @@ __all__ = [
     "ancestors_from_counts",
     "cells",
     "comb_counts",
+    "comb_search",
     "cumulative",
     "pick",
     "pin",
@@ -29,13 +30,17 @@ __all__ = [
 _SCALE = 2.0**60
 
 
-def cumulative(weights: Tensor) -> Tensor:
-    """c, (b, n) of int64, for weights (b, n); rounding to 2^-60 changes n w by less than n 2^-60."""
+def cumulative(weights: Tensor, failed: int = 0) -> Tensor:
+    """c, (b, n) of int64, for weights (b, n); rounding to 2^-60 changes n w by less than n 2^-60.
+
+    Args:
+        failed: x_i of all particles in a failed row; 1 makes its weights equal.
+    """
     weights = weights.to(torch.float64)
     total = weights.sum(-1, keepdim=True)
     valid = torch.isfinite(total) & (total > 0)
-    scaled = torch.where(valid, weights * (_SCALE / total), 0.0)
-    return scaled.round_().to(torch.int64).cumsum(-1)
+    scaled = (weights * (_SCALE / total)).masked_fill_(~valid, failed)
+    return scaled.to(torch.int64).cumsum_(-1)
 
 
 def cells(c: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -52,10 +57,36 @@ def cells(c: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def comb_counts(c: Tensor, r: Tensor) -> Tensor:
     """How many points of a comb with one point in each cell, at place r (b, n) or (b, 1), lie before each c, (b, n)."""
-    n = c.shape[-1]
-    j, rem = cells(c, c[..., -1:], n)
-    place = r.expand_as(c).gather(-1, j.clamp(max=n - 1))
+    n, total = c.shape[-1], c[..., -1:]
+    if r.shape[-1] == 1:
+        return _shared_comb_counts(c, total.clamp(min=1), r, n)
+    j, rem = cells(c, total, n)
+    place = r.gather(-1, j.clamp(max=n - 1))
     return j + (place < rem).to(torch.int64)
+
+
+def _shared_comb_counts(c: Tensor, total: Tensor, r: Tensor, n: int) -> Tensor:
+    """The count is ceil(a), a = (n c - r) / total, which in floats is found as k = floor(a + 1 - e).
+
+    The float expression is off by less than (n + 2) 2^-51; e is taken larger, so that k is the count or one less: less
+    where k total < n c - r. The products wrap modulo 2^64; their difference is small and so exact, and its sign bit
+    is the correction. All is done in few passes over memory, which is what it costs.
+    """
+    length = total.to(torch.float64)
+    k = c.to(torch.float64).mul_(n / length).add_(1 - r / length - (n + 2) * 2.0**-50).to(torch.int64)
+    behind = (k * total).sub_(torch.add(-r, c, alpha=n))
+    return k.sub_(behind.bitwise_right_shift_(63))
+
+
+def comb_search(c: Tensor, r: Tensor) -> Tensor:
+    """The particles (b, n) at the points of a comb with place r (b, 1), in rows of positive total.
+
+    Point j lies at (j total + r) / n of the line; as the c are integers, it may be rounded down.
+    """
+    n, total = c.shape[-1], c[..., -1:]
+    j, whole = torch.arange(n, device=c.device), total // n
+    points = torch.addcmul(r, j, total - n * whole).div_(n, rounding_mode="floor")
+    return torch.searchsorted(c, points.addcmul_(j, whole), right=True)
 
 
 def uniform_below(bound: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -80,12 +111,17 @@ def pick(c: Tensor, points: Tensor) -> Tensor:
     return torch.searchsorted(c, points, right=True).clamp_(max=c.shape[-1] - 1)
 
 
-def ancestors_from_counts(cumulative_counts: Tensor, valid: Tensor) -> Tensor:
-    """Increasing ancestors from N_0 + ... + N_i, (b, n): slot j has #{i : that sum <= j}. In order where not valid."""
+def ancestors_from_counts(cumulative_counts: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Increasing ancestors from N_0 + ... + N_i, (b, n): slot j has #{i : that sum <= j}.
+
+    Args:
+        valid: (b, 1), False for rows whose slots get 0 ... n - 1 in order; None if all are True.
+    """
     n = cumulative_counts.shape[-1]
     marks = cumulative_counts.new_zeros((cumulative_counts.shape[0], n + 1))
-    marks.scatter_add_(-1, cumulative_counts, torch.ones_like(cumulative_counts))
-    return torch.where(valid, marks[:, :n].cumsum(-1), torch.arange(n, device=marks.device))
+    marks.scatter_add_(-1, cumulative_counts, marks.new_ones(()).expand_as(cumulative_counts))
+    ancestors = marks.cumsum_(-1)[:, :n]
+    return ancestors if valid is None else torch.where(valid, ancestors, torch.arange(n, device=marks.device))
 
 
 def point_of_first(

@@ -6,7 +6,8 @@ chain that proposes theta' = theta + step_size noise and accepts with probabilit
     min(1, N(theta'; 0, I) Zhat(theta') / (N(theta; 0, I) Zhat(theta))),
 
 keeping the estimate of a state as long as it stays there, has the exact posterior p(theta given y) as its law. The
-noise of Zhat costs acceptances, not correctness; a standard deviation of log Zhat near 1.2 is about best.
+noise of Zhat costs acceptances, not correctness; a standard deviation of log Zhat near 1.2 is about best. An estimate
+may be zero, log Zhat = -inf: such a proposal is rejected, and a chain that starts there takes the first other one.
 
 References:
     C. Andrieu, A. Doucet, R. Holenstein, "Particle Markov chain Monte Carlo methods", Journal of the Royal Statistical

@@ -30,6 +30,7 @@ from torch import Tensor
 from smcdiff.smc import faults
 from smcdiff.smc.checkpoint import Checkpoint, Keeper
 from smcdiff.smc.feynman_kac import FeynmanKac, Particles
+from smcdiff.smc.graph import Capture
 from smcdiff.smc.records import History, Records, stack
 from smcdiff.smc.resampling import Resampler, Systematic
 from smcdiff.smc.state import FilterState
@@ -102,6 +103,7 @@ class ParticleFilter:
         progress: Callable[[FilterState], None] | None = None,
         start: FilterState | None = None,
         checkpoint: Checkpoint | None = None,
+        capture: Capture | None = None,
     ) -> FilterResult:
         """Run the model to its last step.
 
@@ -114,11 +116,14 @@ class ParticleFilter:
             progress: called with the state some 50 times at most, after the faults were checked.
             start: a state to go on from, of a run with the same model and settings.
             checkpoint: where to keep the state, and to go on from if something is kept there already; not with start.
+            capture: CUDA graphs of the steps, to record and to replay; None starts every kernel on its own. The
+                numbers are the same.
 
         Raises:
+            CaptureError: for a step that cannot be captured.
             CheckpointError: for a checkpoint of another run, or one that cannot be read or written.
             FilterError: if a chain had a fault, naming step, chains and remedy.
-            ValueError: for numbers out of range, a move of wrong shape, or a start that does not fit.
+            ValueError: for numbers out of range, a move of wrong shape, or a start or a capture that does not fit.
         """
         records = Records() if records is None else records
         keeper = None
@@ -136,6 +141,7 @@ class ParticleFilter:
             seed=seed,
             records=records,
             start=start,
+            capture=capture,
         ):
             if progress is not None and (state.step % every == 0 or state.step == state.num_steps):
                 faults.check(state, feynman_kac)
@@ -162,6 +168,7 @@ class ParticleFilter:
         seed: int = 0,
         records: Records | None = None,
         start: FilterState | None = None,
+        capture: Capture | None = None,
     ) -> Iterator[FilterState]:
         """Yield the state after the initial move and after each step, or after each step that follows ``start``.
 
@@ -172,9 +179,10 @@ class ParticleFilter:
         records = Records() if records is None else records
         if start is not None:
             _check_start(start, feynman_kac, records, num_particles, num_chains)
-        generator = torch.Generator(device=feynman_kac.device)
+        device = feynman_kac.device
+        generator = torch.Generator(device=device) if capture is None else capture.bind(feynman_kac, self)
         generator.manual_seed(seed)
-        steps = Steps(feynman_kac, lambda state, g: self.resampler(state.w, g), self.ess_threshold, records)
+        steps = Steps(feynman_kac, lambda state, g: self.resampler(state.w, g), self.ess_threshold, records, capture)
         return steps.iterate(num_chains, num_particles, generator, start)
 
     def _identity(

@@ -30,6 +30,7 @@ from smcdiff.smc.integer_weights import (
     ancestors_from_counts,
     cells,
     comb_counts,
+    comb_search,
     cumulative,
     pick,
     pin,
@@ -39,6 +40,10 @@ from smcdiff.smc.integer_weights import (
 )
 
 __all__ = ["ConditionalResampler", "Killing", "Multinomial", "Resampler", "Residual", "Stratified", "Systematic"]
+
+#: Up to how many particles, over all chains, it is faster to search for the points of a comb than to count them, with
+#: the same ancestors; measured by benchmarks/resampling_paths.py.
+_SEARCHED = 1024
 
 
 class Resampler(Protocol):
@@ -102,8 +107,9 @@ class Systematic:
 
     def __call__(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Ancestors (b, n) for weights (b, n), as :class:`Resampler` says."""
-        c = cumulative(weights)
-        return ancestors_from_counts(comb_counts(c, uniform_below(c[:, -1:], 1, generator)), c[:, -1:] > 0)
+        c = cumulative(weights, failed=1)  # equal weights come out in order
+        r = uniform_below(c[:, -1:], 1, generator)
+        return comb_search(c, r) if c.numel() <= _SEARCHED else ancestors_from_counts(comb_counts(c, r))
 
     def conditional(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """The comb that goes through a uniform point of particle 0."""
@@ -224,7 +230,7 @@ def _conditional_comb(weights: Tensor, generator: torch.Generator, r: Tensor | N
     c = cumulative(weights.gather(-1, order))
     x = c.diff(dim=-1, prepend=torch.zeros_like(c[:, :1])).gather(-1, place)
     cell, at = point_of_first(c.gather(-1, place) - x, x, c[:, -1:], n, generator)
-    cell = cell.clamp(0, n - 1)
+    cell, at = cell.clamp(0, n - 1), torch.minimum(at, c[:, -1:] - 1)  # of a row that has failed, too
     counts = comb_counts(c, at if r is None else r.scatter(-1, cell, at))
     ancestors = order.gather(-1, ancestors_from_counts(counts, x > 0))
     return _or_in_order(pin(ancestors, cell), x)

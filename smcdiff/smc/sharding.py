@@ -40,7 +40,7 @@ def place(ancestors: Tensor, ranks: int) -> Tensor:
     b, n = ancestors.shape
     m = n // ranks
     counts = ancestors.new_zeros((b, n)).scatter_add_(-1, ancestors, torch.ones_like(ancestors))
-    ancestors = ancestors_from_counts(counts.cumsum(-1), torch.ones_like(counts[:, :1], dtype=torch.bool))  # sorted
+    ancestors = ancestors_from_counts(counts.cumsum(-1))  # sorted
     offspring = counts.unflatten(-1, (ranks, m)).sum(-1)
     first = offspring.cumsum(-1) - offspring
     slot, owner = torch.arange(n, device=ancestors.device), ancestors // m

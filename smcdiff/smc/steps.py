@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +19,20 @@ from smcdiff.smc.records import Records, StepRecord
 from smcdiff.smc.state import FilterState
 from smcdiff.smc.weights import weigh
 
-__all__ = ["Resampled", "Steps", "gather"]
+__all__ = ["Advance", "Advanced", "Resampled", "Steps", "gather"]
 
 
 def gather(particles: Particles, ancestors: Tensor) -> Particles:
     """All that the particles carry, entries (b, n, *event), taken from ``ancestors`` (b, m): entries (b, m, *event)."""
     b, m = ancestors.shape
+    rows: dict[int, Tensor] = {}  # of the flattened particles, by n
     taken: Particles = {}
     for name, value in particles.items():
-        index = ancestors + value.shape[1] * torch.arange(b, device=ancestors.device)[:, None]
-        taken[name] = value.flatten(0, 1).index_select(0, index.flatten()).reshape(b, m, *value.shape[2:])
+        n = value.shape[1]
+        if n not in rows:
+            first = n * torch.arange(b, device=ancestors.device)[:, None]
+            rows[n] = (ancestors if b == 1 else ancestors + first).flatten()
+        taken[name] = value.flatten(0, 1).index_select(0, rows[n]).reshape(b, m, *value.shape[2:])
     return taken
 
 
@@ -37,17 +42,44 @@ class Resampled:
 
     Args:
         particles: entries (b, n, *event), gathered.
-        log_w: log-weights that stay, (b, n), zero in chains that were resampled.
+        log_w: log-weights that stay, (b, n), zero in chains that were resampled; None where all were.
         log_z_settled: evidence up to the last resampling, (b,).
         chains: which chains were resampled, (b,) of bool.
         ancestors: (b, n), or None before the initial move.
     """
 
     particles: Particles
-    log_w: Tensor
+    log_w: Tensor | None
     log_z_settled: Tensor
     chains: Tensor
     ancestors: Tensor | None
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Particles after a move: all that a step computes on the device. The names are those of the state.
+
+    Args:
+        chains: which chains were resampled before the move, (b,) of bool.
+        ancestors: (b, n); None for the initial move.
+    """
+
+    particles: Particles
+    log_w: Tensor
+    w: Tensor
+    ess: Tensor
+    log_z: Tensor
+    log_z_settled: Tensor
+    faults: Mapping[str, Tensor]
+    chains: Tensor
+    ancestors: Tensor | None
+
+
+class Advance(Protocol):
+    """Carries out :meth:`Steps.advance` in a way of its own, with the same numbers."""
+
+    def __call__(self, steps: Steps, state: FilterState, generator: torch.Generator) -> Advanced:
+        """What ``steps.advance(state, state.step + 1, generator)`` returns."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +92,14 @@ class Steps:
         ess_threshold: a chain is resampled where its effective sample size is below this share of n; always if 1,
             never if 0.
         records: what to keep of each step.
+        advance_by: how the device's part of a step is carried out; None calls :meth:`advance`.
     """
 
     feynman_kac: FeynmanKac
     draw: Callable[[FilterState, torch.Generator], Tensor]
     ess_threshold: float
     records: Records
+    advance_by: Advance | None = None
 
     def iterate(
         self, num_chains: int, num_particles: int, generator: torch.Generator, state: FilterState | None = None
@@ -83,29 +117,44 @@ class Steps:
     @torch.no_grad()
     def first(self, num_chains: int, num_particles: int, generator: torch.Generator) -> FilterState:
         """The state after the initial move."""
-        zero = torch.zeros((num_chains, num_particles), dtype=torch.float64, device=self.feynman_kac.device)
-        before = Resampled({}, zero, zero[:, 0], torch.zeros_like(zero[:, 0], dtype=torch.bool), None)
+        zero = torch.zeros(num_chains, dtype=torch.float64, device=self.feynman_kac.device)
+        before = Resampled({}, None, zero, torch.zeros_like(zero, dtype=torch.bool), None)
         move = self.feynman_kac.initial(num_chains, num_particles, generator)
-        return self._weighed(0, before, move, {}, (), generator)
+        _check_move(0, move, (num_chains, num_particles))
+        return self._recorded(0, _weighed(0, before, move, {}), (), generator)
 
     @torch.no_grad()
     def next(self, state: FilterState, generator: torch.Generator) -> FilterState:
         """The state after one more step."""
+        i = state.step + 1
+        if self.advance_by is None:
+            after = self.advance(state, i, generator)
+        else:
+            after = self.advance_by(self, state, generator)
+        return self._recorded(i, after, state.history, generator)
+
+    def advance(self, state: FilterState, at: int | Tensor, generator: torch.Generator) -> Advanced:
+        """Resample, move and weigh: nothing but work of the device, so that it can be captured as a CUDA graph.
+
+        Args:
+            at: the step's index, with which faults are put down; the model gets ``state.step + 1``.
+        """
         before = self._resampled(state, generator)
         move = self.feynman_kac.step(state.step + 1, before.particles, generator)
-        return self._weighed(state.step + 1, before, move, state.faults, state.history, generator)
+        _check_move(state.step + 1, move, (state.num_chains, state.num_particles))
+        return _weighed(at, before, move, state.faults)
 
     def _resampled(self, state: FilterState, generator: torch.Generator) -> Resampled:
         threshold = self.ess_threshold
+        if threshold == 1:
+            ancestors = self.draw(state, generator)
+            everywhere = torch.ones_like(state.ess, dtype=torch.bool)
+            return Resampled(gather(state.particles, ancestors), None, state.log_z, everywhere, ancestors)
         identity = torch.arange(state.num_particles, device=state.w.device).expand(state.w.shape)
         if threshold == 0:
-            none = torch.zeros_like(state.ess, dtype=torch.bool)
-            return Resampled(state.particles, state.log_w, state.log_z_settled, none, identity)
-        chains = (
-            state.ess < threshold * state.num_particles
-            if threshold < 1
-            else torch.ones_like(state.ess, dtype=torch.bool)
-        )
+            nowhere = torch.zeros_like(state.ess, dtype=torch.bool)
+            return Resampled(state.particles, state.log_w, state.log_z_settled, nowhere, identity)
+        chains = state.ess < threshold * state.num_particles
         ancestors = torch.where(chains[:, None], self.draw(state, generator), identity)
         return Resampled(
             particles=gather(state.particles, ancestors),
@@ -115,41 +164,50 @@ class Steps:
             ancestors=ancestors,
         )
 
-    def _weighed(
-        self,
-        step: int,
-        before: Resampled,
-        move: Move,
-        known: Mapping[str, Tensor],
-        history: tuple[StepRecord, ...],
-        generator: torch.Generator,
+    def _recorded(
+        self, step: int, after: Advanced, history: tuple[StepRecord, ...], generator: torch.Generator
     ) -> FilterState:
-        """The state after a move: log_w += log_g, and faults put down."""
-        _check_move(step, move, before.log_w)
-        log_g = move.log_g.to(torch.float64)
-        zero = before.log_w == -torch.inf
-        bad = ~zero & ~(log_g < torch.inf)
-        log_w = torch.where(zero | bad, -torch.inf, before.log_w + log_g)
-        weighed = weigh(log_w)
-        flags = {faults.NOT_A_NUMBER: bad.any(-1), faults.ALL_ZERO: weighed.log_mean == -torch.inf}
+        """The state after a step, and its record in the history."""
         state = FilterState(
             step=step,
             num_steps=self.feynman_kac.num_steps,
-            particles=move.particles,
-            log_w=log_w,
-            w=weighed.w,
-            ess=weighed.ess,
-            log_z=before.log_z_settled + weighed.log_mean,
-            log_z_settled=before.log_z_settled,
-            faults=faults.merge(known, step, {**move.faults, **flags}),
+            particles=after.particles,
+            log_w=after.log_w,
+            w=after.w,
+            ess=after.ess,
+            log_z=after.log_z,
+            log_z_settled=after.log_z_settled,
+            faults=after.faults,
             history=history,
             generator_state=generator.get_state(),
         )
-        return replace(state, history=(*history, self.records.step(state, before.chains, before.ancestors)))
+        return replace(state, history=(*history, self.records.step(state, after.chains, after.ancestors)))
 
 
-def _check_move(step: int, move: Move, log_w: Tensor) -> None:
-    shape = log_w.shape
+def _weighed(at: int | Tensor, before: Resampled, move: Move, known: Mapping[str, Tensor]) -> Advanced:
+    """After a move: log_w += log_g, and faults put down.
+
+    A log_g that is NaN or +inf, unless of a particle without weight, makes the largest log-weight of its row the same.
+    """
+    log_w = move.log_g.to(torch.float64)
+    if before.log_w is not None:
+        log_w = torch.add(before.log_w, log_w).masked_fill_(before.log_w == -torch.inf, -torch.inf)
+    weighed = weigh(log_w)
+    flags = {faults.NOT_A_NUMBER: ~(weighed.largest < torch.inf), faults.ALL_ZERO: weighed.largest == -torch.inf}
+    return Advanced(
+        particles=move.particles,
+        log_w=log_w,
+        w=weighed.w,
+        ess=weighed.ess,
+        log_z=before.log_z_settled + weighed.log_mean,
+        log_z_settled=before.log_z_settled,
+        faults=faults.merge(known, at, {**move.faults, **flags}),
+        chains=before.chains,
+        ancestors=before.ancestors,
+    )
+
+
+def _check_move(step: int, move: Move, shape: tuple[int, int]) -> None:
     for name, value, expected in (
         ("log_g", move.log_g.shape, shape),
         *((f"the particles' {name!r}", value.shape[:2], shape) for name, value in move.particles.items()),

@@ -26,11 +26,13 @@ class Weighed:
         w: normalised weights, (..., n); they sum to one, or are all zero if every log-weight is -inf.
         ess: effective sample size 1 / sum(w^2), shape (...), between 1 and n; 0 if every log-weight is -inf.
         log_mean: logarithm of the mean weight, shape (...), in nats.
+        largest: the largest log-weight, shape (...), in nats; NaN where one is NaN.
     """
 
     w: Tensor
     ess: Tensor
     log_mean: Tensor
+    largest: Tensor
 
 
 def weigh(log_w: Tensor) -> Weighed:
@@ -38,13 +40,14 @@ def weigh(log_w: Tensor) -> Weighed:
     log_w = log_w.to(torch.float64)
     largest = log_w.amax(-1, keepdim=True)
     dead = largest == -torch.inf
-    e = torch.exp(log_w - largest.masked_fill(dead, 0.0))
+    e = torch.sub(log_w, largest.masked_fill(dead, 0.0)).exp_()
     total = e.sum(-1, keepdim=True)
-    squares = (e * e).sum(-1).masked_fill(dead.squeeze(-1), 1.0)
+    squares = torch.linalg.vector_norm(e, dim=-1).square_().masked_fill_(dead.squeeze(-1), 1.0)
     return Weighed(
-        w=e / total.masked_fill(dead, 1.0),
+        w=e.div_(total.masked_fill(dead, 1.0)),
         ess=total.squeeze(-1) ** 2 / squares,
         log_mean=(largest + torch.log(total / log_w.shape[-1])).squeeze(-1),
+        largest=largest.squeeze(-1),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from smcdiff.diffusion.adapters.diffusers import load_pipeline
+from smcdiff.diffusion.covariance_models import SpectralBasis
 from smcdiff.diffusion.kernels import Variance
 from smcdiff.diffusion.prior import DiffusionPrior
 from smcdiff.diffusion.schedule import Grid
@@ -36,6 +37,7 @@ def load_prior(
     variance: Variance = "posterior",
     grid: Grid | None = None,
     clip: tuple[float, float] | None = None,
+    basis: SpectralBasis = "dct",
 ) -> DiffusionPrior:
     """A trained prior, by the name of one that ships or from a diffusers pipeline folder. Nothing is downloaded.
 
@@ -49,6 +51,8 @@ def load_prior(
         variance: of a step: "posterior", "fixed_large", "learned" or "optimal" (see :mod:`smcdiff.diffusion.kernels`).
         grid: where the noise times lie; None takes the schedule's default.
         clip: (low, high) that x0_hat is clipped to; None takes the pipeline's own choice.
+        basis: of the covariance of x_0 given x_t that is kept beside the weights: "dct", or "fft" where the measurement
+            is a circular convolution.
 
     Raises:
         FileNotFoundError: for a name that does not ship and is no folder, or a folder that is no pipeline.
@@ -75,4 +79,5 @@ def load_prior(
         variance=variance,
         grid=grid,
         clip=clip,
+        basis=basis,
     )

@@ -1,11 +1,17 @@
 """Averages of a run against sums written out by hand, and the verdict on runs made to deserve it."""
 
+import dataclasses
 import math
+import re
 
+import pyro
 import pytest
 import torch
 
+import smcdiff as sd
 from smcdiff.diagnostics import Run, diagnose, summarise
+from smcdiff.smc.resampling import Multinomial
+from tests.diagnostics.models import GAIN, Y, model
 
 
 def make_run(log_w, values=None, log_z=None, ess=None, roots=None):
@@ -56,6 +62,14 @@ def test_a_tempered_run_keeps_everything_but_the_weights():
     assert 0 < exponent < 1
     torch.testing.assert_close(flat.log_w[0, 0] - flat.log_w[1, 1], torch.tensor(60 * exponent, dtype=torch.float64))
     assert flat.values is run.values and flat.log_z is run.log_z
+    torch.testing.assert_close(flat.exact.log_w, run.log_w)
+    assert flat.exponent == exponent and flat.exact.exponent == 1
+    again, second = flat.tempered(2.0)  # from the exact weights, not from weights tempered before
+    assert second == exponent
+    torch.testing.assert_close(again.log_w, flat.log_w)
+    same, one = run.tempered(1.0)
+    assert one == 1 and same.exact_log_w is None
+    assert str(diagnose(flat)) == str(diagnose(run))  # judged by the exact ones
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -63,6 +77,8 @@ def test_shapes_that_do_not_fit_are_refused():
         make_run(torch.zeros(2, 4), log_z=torch.zeros(3))
     with pytest.raises(ValueError, match=r"got 'x' of shape \(2, 5\)"):
         make_run(torch.zeros(2, 4), {"x": torch.zeros(2, 5)})
+    with pytest.raises(ValueError, match=r"got ancestors of shape \(3, 2\); expected \(3, 2, 4\)"):
+        dataclasses.replace(make_run(torch.zeros(2, 4)), ancestors=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="all zero"):
         make_run(torch.full((2, 4), -math.inf))
 
@@ -81,6 +97,78 @@ def test_equal_weights_that_agree_are_good():
     assert result.verdict == "good" and result.findings == ()
     assert result.pooled_ess == pytest.approx(400) and result.perplexity == pytest.approx(400)
     assert result.roots.tolist() == [60, 60, 60, 60] and result.k_hat == -math.inf
+
+
+def test_one_chain_has_the_error_of_its_genealogy():
+    one = make_run(torch.zeros(1, 100))
+    assert math.isnan(diagnose(one).log_evidence_error)
+    told = dataclasses.replace(one, log_z_variance=torch.tensor([0.04]))
+    assert diagnose(told).log_evidence_error == pytest.approx(0.2)
+    for useless in (-0.01, 0.0, 4.0):  # an estimate may be negative, and one of a nat or more is not to be believed
+        told = dataclasses.replace(one, log_z_variance=torch.tensor([useless]))
+        assert math.isnan(diagnose(told).log_evidence_error)
+
+
+def test_the_error_of_a_single_chain_is_the_spread_of_many():
+    def run(chains, seed):
+        kernel = sd.TDS(model, sd.TweedieTwist())
+        many = sd.ParticleFilter(Multinomial(), 0.5)
+        return sd.SMC(kernel, 64, chains, filter=many, seed=seed, progress=False).run(Y, gain=GAIN)
+
+    spread = float(run(32, 0).log_evidence_per_chain.std())
+    errors = [run(1, seed).diagnostics().log_evidence_error for seed in range(1, 6)]
+    known = [error for error in errors if not math.isnan(error)]
+    # An estimate from one genealogy is good to a factor of about two here; the median of several is asked for less.
+    assert len(known) >= 3 and 0.4 * spread < sorted(known)[len(known) // 2] < 2.5 * spread
+    systematic = sd.SMC(sd.TDS(model, sd.TweedieTwist()), 64, 1, seed=0, progress=False).run(Y, gain=GAIN)
+    resampled = bool(systematic.records.resampled.any())
+    assert math.isnan(systematic.diagnostics().log_evidence_error) == resampled  # theory covers Multinomial alone
+
+
+def test_the_verdict_follows_the_truth_on_an_exact_problem():
+    law = sd.GaussianDenoiser(torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    prior = sd.DiffusionPrior(law, sd.VPSchedule(), 15, variance="optimal")  # exactly standard normal at any K
+
+    def program(y=None):
+        x = pyro.sample("x", prior)
+        return pyro.sample("y", sd.GaussianMeasurement(sd.Identity(), x, 0.6), obs=y)
+
+    y = torch.tensor([0.5, -1.0, 1.5, 0.0], dtype=torch.float64)
+    # y ~ N(0, 1 + 0.36); the error is that of 24 chains, and 6 of them are exceeded with P(|t_23| > 6) = 4e-6
+    good = sd.SMC(sd.TDS(program, sd.TweedieTwist()), 64, 24, seed=0, progress=False).run(y).diagnostics()
+    exact = float(torch.distributions.Normal(0.0, math.sqrt(1.36)).log_prob(y).sum())
+    assert good.verdict == "good", str(good)
+    assert abs(good.log_evidence - exact) < 6 * good.log_evidence_error < 0.5
+    bad = sd.SMC(sd.Bootstrap(program), 8, 4, seed=0, progress=False).run(20 * y).diagnostics()
+    exact = float(torch.distributions.Normal(0.0, math.sqrt(1.36)).log_prob(20 * y).sum())
+    assert bad.verdict == "bad" and abs(bad.log_evidence - exact) > 100
+
+
+def test_the_step_of_the_smallest_ess_is_named_with_its_own_remedy():
+    ess = torch.full((6, 4), 100.0)
+    ess[3, 2] = 1.5
+    result = diagnose(make_run(torch.zeros(4, 100), ess=ess))
+    assert (result.min_ess, result.min_ess_step) == (1.5, 3)
+    assert "At step 3 of 5" in result.findings[0].reason and "sd.tempered" in result.findings[0].remedy
+    ess[3, 2], ess[5, 0] = 100, 1.5
+    result = diagnose(make_run(torch.zeros(4, 100), ess=ess))
+    assert "At step 5 of 5" in result.findings[0].reason and "last step" in result.findings[0].remedy
+
+
+def test_every_remedy_names_what_exists():
+    names = set()
+    for finding in diagnose(make_run(worst(), log_z=[0.0, 9.0, 2.0, 4.0], roots=torch.ones(3, 4))).findings:
+        names |= set(re.findall(r"sd\.(\w+)", finding.remedy))
+    heavy = -0.9 * torch.log1p(-(torch.arange(400) + 0.5) / 400).reshape(4, 100)
+    for finding in diagnose(make_run(heavy)).findings:
+        names |= set(re.findall(r"sd\.(\w+)", finding.remedy))
+    assert {"ParticleGibbs", "tempered", "TweedieTwist"} <= names <= set(sd.__all__)
+
+
+def worst():
+    log_w = torch.full((4, 100), -100.0)
+    log_w[0, 0] = 0
+    return log_w
 
 
 @pytest.mark.parametrize(

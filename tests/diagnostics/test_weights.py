@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smcdiff.diagnostics import effective_sample_size, pareto_k, perplexity, tempered
+from smcdiff.diagnostics import effective_sample_size, entropy, pareto_k, perplexity, tempered
 
 
 def test_effective_sample_size_and_perplexity_by_hand():
@@ -39,6 +39,25 @@ def test_pareto_k_finds_the_tail_of_a_generalised_pareto_law(k):
     tail = math.ceil(3 * math.sqrt(size))
     shrunk = (tail * k + 5) / (tail + 10)
     assert pareto_k(torch.from_numpy(np.log(w))) == pytest.approx(shrunk, abs=0.03)
+
+
+@pytest.mark.parametrize("rate", [0.8, 0.5, 0.25])
+def test_pareto_k_of_importance_weights_with_a_known_tail(rate):
+    # Draws of Exp(1) for the target Exp(rate): w = rate exp((1 - rate) x), so P(w > u) ~ u^(-1 / k) with k = 1 - rate.
+    size = 200_000
+    x = torch.empty(size, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+    tail = math.ceil(3 * math.sqrt(size))  # 1342 of them; the fit's standard error is about (1 + k) / sqrt(tail)
+    k = 1 - rate
+    shrunk = (tail * k + 5) / (tail + 10)
+    assert pareto_k((1 - rate) * x) == pytest.approx(shrunk, abs=5 * (1 + k) / math.sqrt(tail))
+    # the other way about the weights are bounded: w = exp(-(1 - rate) x / rate) / rate, and k is negative or near zero
+    assert pareto_k(-(1 - rate) * x) < 0.1
+
+
+def test_entropy_of_chains_by_hand():
+    w = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0], [0.25] * 4], dtype=torch.float64)
+    expected = [1.5 * math.log(2), 0.0, math.log(4)]
+    torch.testing.assert_close(entropy(w), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_pareto_k_of_equal_and_of_too_few_weights():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.smc import FilterError, FilterState, Move, ParticleFilter, Particles, Records, check
+from smcdiff.smc.faults import all_zero
 from tests.smc.models import CPU
 
 Change = Callable[[Tensor], Tensor]
@@ -148,3 +149,18 @@ def test_a_start_that_does_not_fit() -> None:
         ParticleFilter().run(
             Scripted(), num_particles=4, num_chains=5, start=start_of(), records=Records(ancestors=False)
         )
+
+
+def test_weights_all_zero_may_be_an_estimate_of_zero() -> None:
+    # Chain 0 dies and then gets NaN in its train, chain 1 has a NaN first, chain 2 dies late, chain 3 not at all.
+    change = {2: put(-torch.inf, [0]), 3: put(torch.nan, [0]), 5: put(-torch.inf, [2])}
+    state = list(ParticleFilter(ess_threshold=0).iterate(Scripted(change), num_particles=4, num_chains=5))[-1]
+    assert all_zero(state).tolist() == [True, False, True, False, False]
+    check(state, Scripted(), zero_allowed=True)
+    with pytest.raises(FilterError, match="in chain 0 of 5: all weights are zero"):
+        check(state, Scripted())
+    wrong = Scripted({**change, 4: put(torch.nan, [1]), 6: put(-torch.inf, [1])})
+    state = list(ParticleFilter(ess_threshold=0).iterate(wrong, num_particles=4, num_chains=5))[-1]
+    assert all_zero(state).tolist() == [True, False, True, False, False]
+    with pytest.raises(FilterError, match=r"step 4 of 6 in chain 1 of 5: the incremental log-weight"):
+        check(state, wrong, zero_allowed=True)

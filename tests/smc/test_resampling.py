@@ -11,7 +11,16 @@ from scipy import stats
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smcdiff.smc.integer_weights import cells, comb_counts, point_of_first
+from smcdiff.smc.integer_weights import (
+    _shared_comb_counts,
+    ancestors_from_counts,
+    cells,
+    comb_counts,
+    comb_search,
+    cumulative,
+    point_of_first,
+    uniform_below,
+)
 from smcdiff.smc.resampling import ConditionalResampler, Killing, Multinomial, Residual, Stratified, Systematic
 from smcdiff.smc.ssp import SSP
 
@@ -127,7 +136,7 @@ def test_systematic_is_its_definition(n: int) -> None:
     got = Systematic()(w, generator(11))
     u = torch.rand((3, 1), generator=generator(11), dtype=torch.float64)
     for c in range(3):
-        x = [round(v * (2.0**60 / w[c].sum().item())) for v in w[c].tolist()]
+        x = [int(v * (2.0**60 / w[c].sum().item())) for v in w[c].tolist()]
         total, r = sum(x), None
         r = int(u[c].item() * float(total))
         line, at, below = [], 0, x[0]
@@ -154,6 +163,36 @@ def test_cells_are_exact_divisions() -> None:
             points = [min(max(i * total // n + d, 0), total) for i in j for d in (-1, 0, 1)] + [0, total]
             cell, place = cells(torch.tensor([points]), torch.tensor([[total]]), n)
             assert list(zip(cell[0].tolist(), place[0].tolist(), strict=True)) == [divmod(n * c, total) for c in points]
+
+
+def test_counts_of_a_shared_place_are_exact() -> None:
+    # Cumulative weights within a few units of the points of the comb, where the float quotient is off, for places at
+    # the ends of a cell and within it: against Python's integers, and searching for the points finds the same.
+    g = generator(6)
+    for n in (1, 2, 3, 7, 1000, 1_000_003, 2**31 + 11):
+        for total in (1, 2, 17, 2**31 + 11, 2**60 - 1, 2**60, 2**60 + n):
+            for r in {0, 1 % total, total // 2, total - 1}:
+                j = [*torch.randint(n, (300,), generator=g).tolist(), 0, n - 1]
+                near = [(i * total + r) // n + d for i in j for d in (-1, 0, 1, 2)]
+                points = [min(max(c, 0), total) for c in near] + [0, 1, total - 1, total]
+                found = _shared_comb_counts(torch.tensor([points]), torch.tensor([[total]]), torch.tensor([[r]]), n)
+                assert found[0].tolist() == [max(0, -((r - n * c) // total)) for c in points]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 1000, 5000, 100_000])
+@pytest.mark.parametrize("power", [0, 1, 40])
+def test_searching_and_counting_give_the_same_ancestors(n: int, power: int) -> None:
+    g = generator(n)
+    w = torch.rand((3, n), generator=g, dtype=torch.float64) ** power
+    w[:, ::3] *= power > 0
+    w[0] = torch.nan
+    c = cumulative(w, failed=1)
+    for r in (uniform_below(c[:, -1:], 1, g), torch.zeros_like(c[:, :1]), c[:, -1:] - 1):
+        counted = ancestors_from_counts(comb_counts(c, r))
+        assert torch.equal(comb_search(c, r), counted)
+        assert torch.equal(counted[0], torch.arange(n))
+        # and as a place of its own for each cell
+        assert torch.equal(comb_counts(c, r), comb_counts(c, r.repeat(1, n)))
 
 
 def test_combs_by_enumeration() -> None:

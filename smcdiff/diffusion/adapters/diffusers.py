@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smcdiff.diffusion.adapters.calibrated import load_covariance
+from smcdiff.diffusion.covariance_models import SpectralBasis
 from smcdiff.diffusion.denoiser import NetworkDenoiser, Parametrisation, from_clean, from_epsilon, from_velocity
 from smcdiff.diffusion.kernels import Variance
 from smcdiff.diffusion.prior import DiffusionPrior
@@ -82,6 +84,7 @@ def load_pipeline(
     variance: Variance = "posterior",
     grid: Grid | None = None,
     clip: tuple[float, float] | None = None,
+    basis: SpectralBasis = "dct",
 ) -> DiffusionPrior:
     """The prior in a local diffusers folder: an unconditional ``UNet2DModel`` and a discrete-time scheduler.
 
@@ -99,6 +102,8 @@ def load_pipeline(
         grid: where the noise times lie; None takes the schedule's default.
         clip: (low, high) that x0_hat is clipped to; None takes the pipeline's own choice, and
             ``(-math.inf, math.inf)`` clips nothing.
+        basis: of the covariance of x_0 given x_t, where the folder keeps one: "dct", or "fft" for measurements that
+            are circular convolutions.
 
     Raises:
         FileNotFoundError: for a folder that does not exist or is not a pipeline.
@@ -124,7 +129,10 @@ def load_pipeline(
     schedule = TabulatedSchedule(table[table > 0])  # a last step without any signal (zero terminal SNR) is left out
     if clip is None and settings.get("clip_sample", False):
         clip = (-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-    return DiffusionPrior(denoiser, schedule, num_steps, eta, variance=variance, grid=grid, clip=clip)
+    covariance = load_covariance(folder, basis, shape)
+    return DiffusionPrior(
+        denoiser, schedule, num_steps, eta, variance=variance, grid=grid, clip=clip, covariance=covariance
+    )
 
 
 def _import_diffusers() -> tuple[Any, Any]:

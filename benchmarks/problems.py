@@ -1,0 +1,181 @@
+r"""Problems with a closed-form posterior and evidence, on which methods are compared.
+
+Prior and measurement are
+
+    x ~ sum_c w_c N(mu_c, I) in R^d,      y = A x + sigma_y noise,
+
+so that, with S = A A^T + sigma_y^2 I and K = A^T S^-1,
+
+    p(y)            = sum_c w_c N(y; A mu_c, S)
+    p(x given y)    = sum_c w'_c N(mu_c + K (y - A mu_c), I - K A),     w'_c proportional to w_c N(y; A mu_c, S).
+
+The public problem of 25 components is that of G. Cardoso, Y. Janati El Idrissi, S. Le Corff, E. Moulines, "Monte Carlo
+Guided Diffusion for Bayesian Linear Inverse Problems" (2023), arXiv 2308.07983, section 4: components at
+(-8 i, -8 j, -8 i, -8 j, ...), i, j = -2 ... 2, weights from squared normal draws, A with Gaussian singular vectors and
+singular values uniform on (0, 1), sigma_y uniform on (0, largest singular value).
+
+How far draws are from the posterior is measured by the sliced Wasserstein distance, the mean over directions of the
+distance between sorted projections. Even exact draws are not at zero: two sets of them are a *floor* apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+import smcdiff as sd
+
+__all__ = ["MixtureProblem", "distance_to_posterior", "sliced_wasserstein"]
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureProblem:
+    """A mixture prior with unit covariances, a linear measurement, and what follows from them.
+
+    Args:
+        means: mu, (components, d).
+        weights: w, (components,), with sum 1.
+        A: (dim y, d).
+        y: (dim y,).
+        sigma_y: standard deviation of the noise.
+    """
+
+    means: Tensor
+    weights: Tensor
+    A: Tensor
+    y: Tensor
+    sigma_y: float
+
+    @classmethod
+    def public(cls, d: int, dim_y: int, seed: int) -> MixtureProblem:
+        """An instance of the public problem.
+
+        Args:
+            d: dimension of x, even.
+            dim_y: number of measured values.
+            seed: of the instance.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+        places = [(-8.0 * i, -8.0 * j) for i in range(-2, 3) for j in range(-2, 3)]
+        means = torch.tensor(places, dtype=torch.float64).repeat(1, d // 2)
+        weights = normal(len(means)).square()
+        weights = weights / weights.sum()
+        left, _, right = torch.linalg.svd(normal(dim_y, d), full_matrices=False)
+        sizes = uniform(dim_y).sort(descending=True).values
+        A = left * sizes @ right
+        c = torch.multinomial(weights, 1, generator=generator)[0]
+        x = means[c] + normal(d)
+        sigma_y = float(uniform(1) * sizes[0])
+        return cls(means, weights, A, A @ x + sigma_y * normal(dim_y), sigma_y)
+
+    @property
+    def d(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def denoiser(self) -> sd.GaussianMixtureDenoiser:
+        """The exact denoiser of the prior."""
+        return sd.GaussianMixtureDenoiser(self.means, torch.eye(self.d, dtype=torch.float64), self.weights)
+
+    def program(self, prior: sd.DiffusionPrior) -> object:
+        """The Pyro program of the measurement."""
+        operator = sd.Matrix(self.A)
+
+        def model(y: Tensor | None = None) -> Tensor:
+            x = pyro.sample("x", prior)
+            return pyro.sample("y", sd.GaussianMeasurement(operator, x, self.sigma_y), obs=y)
+
+        return model
+
+    @cached_property
+    def _log_joint(self) -> Tensor:
+        """log w_c N(y; A mu_c, S), (components,)."""
+        S = self.A @ self.A.mT + self.sigma_y**2 * torch.eye(len(self.y), dtype=torch.float64)
+        return self.weights.log() + MultivariateNormal(self.means @ self.A.mT, S).log_prob(self.y)
+
+    @property
+    def log_evidence(self) -> float:
+        """log p(y)."""
+        return float(self._log_joint.logsumexp(0))
+
+    @property
+    def posterior_weights(self) -> Tensor:
+        """w', (components,)."""
+        return self._log_joint.softmax(0)
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """K, (d, dim y)."""
+        S = self.A @ self.A.mT + self.sigma_y**2 * torch.eye(len(self.y), dtype=torch.float64)
+        return torch.linalg.solve(S, self.A).mT
+
+    def posterior_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of x given y, (d,) and (d, d)."""
+        centres = self.means + (self.y - self.means @ self.A.mT) @ self.gain.mT
+        mean = self.posterior_weights @ centres
+        away = centres - mean
+        within = torch.eye(self.d, dtype=torch.float64) - self.gain @ self.A
+        return mean, within + (self.posterior_weights[:, None] * away).mT @ away
+
+    def posterior_draws(self, n: int, generator: torch.Generator) -> Tensor:
+        """Independent draws of x given y, (n, d): a draw of a component's x and of y's noise, moved to meet y."""
+        c = torch.multinomial(self.posterior_weights, n, replacement=True, generator=generator)
+        x = self.means[c] + torch.randn((n, self.d), dtype=torch.float64, generator=generator)
+        noise = torch.randn((n, len(self.y)), dtype=torch.float64, generator=generator)
+        return x + (self.y - x @ self.A.mT - self.sigma_y * noise) @ self.gain.mT
+
+    def mode_weights(self, x: Tensor, w: Tensor) -> Tensor:
+        """How much of the weighted draws belongs to each component, (components,): the mean of its share of x.
+
+        Args:
+            x: (n, d).
+            w: (n,), with sum 1.
+        """
+        fit = self.weights.log() - 0.5 * torch.cdist(x, self.means).square()
+        return w @ fit.softmax(1)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: Tensor) -> float:
+    """Mean over directions of the Wasserstein-1 distance between projected draws.
+
+    Args:
+        a, b: as many draws in each, (n, d).
+        directions: unit vectors, (d, number).
+    """
+    return float(((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean())
+
+
+def distance_to_posterior(
+    problem: MixtureProblem, x: Tensor, seed: int, directions: int = 500, repeats: int = 8
+) -> tuple[float, float]:
+    """Sliced Wasserstein distance of draws from the posterior, and the floor: that of as many exact draws.
+
+    Both are means over independent sets of exact draws, with the same directions.
+
+    Args:
+        x: (n, d).
+        seed: of directions and exact draws.
+        directions: number of directions.
+        repeats: number of sets of exact draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.randn((problem.d, directions), dtype=torch.float64, generator=generator)
+    unit = unit / unit.norm(dim=0)
+    sample, floor = 0.0, 0.0
+    for _ in range(repeats):
+        reference, again = (problem.posterior_draws(len(x), generator) for _ in range(2))
+        sample += sliced_wasserstein(x, reference, unit) / repeats
+        floor += sliced_wasserstein(again, reference, unit) / repeats
+    return sample, floor

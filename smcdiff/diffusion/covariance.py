@@ -1,0 +1,202 @@
+r"""Covariance matrices of pictures, in forms that can be applied, drawn from and conditioned without being written out.
+
+    diagonal     C = V diag(v) V^T                 V an orthonormal basis: pixels, cosines, Hartley
+    low rank     C = V diag(v) V^T + U U^T         U of a few columns per particle
+    dense        C                                 for small problems, and the form the others are tested against
+
+All are covariances of m particles at once (or one for all), so that they can depend on what each particle looks like.
+They are closed under the two operations that a step of the chain needs: ``scale C + shift I``, the covariance of x_s
+given x_t, and ``(C^-1 + a I)^-1``, the covariance of x_0 once x_s is seen as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from smcdiff.transforms import PIXELS, Basis
+
+__all__ = ["Covariance", "Dense", "Diagonal", "LowRank"]
+
+
+class Covariance(Protocol):
+    """C of m particles, or one C for all."""
+
+    def apply(self, v: Tensor) -> Tensor:
+        """C v for v of shape (m, *event)."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """C^(1/2) noise with standard normal noise, (m, *event): a draw from N(0, C)."""
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log N(residual; 0, C), (m,) of float64."""
+
+    def affine(self, scale: float, shift: float) -> Covariance:
+        """scale C + shift I, for scale and shift at least 0."""
+
+    def given(self, precision: float) -> Covariance:
+        """(C^-1 + precision I)^-1, for a precision of at least 0; infinite gives 0."""
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """The smallest variance whose inverse and logarithm are safe."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    return terms.flatten(1).sum(1, dtype=torch.float64)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """C = V diag(v) V^T.
+
+    Args:
+        variance: v, (m or 1, *event) or broadcastable to it, positive.
+        basis: V.
+    """
+
+    variance: Tensor
+    basis: Basis = PIXELS
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.basis.from_spectral(self.variance * self.basis.to_spectral(v))
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return self.basis.from_spectral(self.variance.sqrt() * noise)
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        c = self.basis.to_spectral(residual)
+        return -0.5 * _sum(c.square() / self.variance + self.variance.log() + math.log(2 * math.pi))
+
+    def affine(self, scale: float, shift: float) -> Diagonal:
+        return Diagonal((scale * self.variance + shift).clamp(min=_floor(self.variance.dtype)), self.basis)
+
+    def given(self, precision: float) -> Diagonal:
+        if math.isinf(precision):
+            return Diagonal(torch.zeros_like(self.variance), self.basis)
+        return Diagonal(self.variance / (1 + precision * self.variance), self.basis)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """C = V (diag(v) + U U^T) V^T.
+
+    Args:
+        variance: v, (m or 1, *event) or broadcastable to it, positive.
+        factors: U in the coordinates of V, (m or 1, rank, *event).
+        basis: V.
+    """
+
+    variance: Tensor
+    factors: Tensor
+    basis: Basis = PIXELS
+
+    @property
+    def _v(self) -> Tensor:
+        """v of the full event's shape, flat: (m or 1, d)."""
+        return self.variance.expand(-1, *self.factors.shape[2:]).flatten(1)
+
+    @property
+    def _u(self) -> Tensor:
+        return self.factors.flatten(2)
+
+    def apply(self, v: Tensor) -> Tensor:
+        c = self.basis.to_spectral(v)
+        flat = c.flatten(1)[..., None]
+        out = self._v[..., None] * flat + self._u.mT @ (self._u @ flat)
+        return self.basis.from_spectral(out.reshape(c.shape))
+
+    def draw(self, noise: Tensor) -> Tensor:
+        # D^(1/2) (I + W W^T)^(1/2) noise with W = D^(-1/2) U; with W^T W = Q diag(l) Q^T the root is
+        # I + W Q diag((sqrt(1 + l) - 1) / l) Q^T W^T
+        root = self._v.sqrt()
+        w = self._u / root[:, None]  # W^T
+        values, q = torch.linalg.eigh(w @ w.mT)
+        gain = 1 / (1 + (1 + values.clamp(min=0)).sqrt())
+        flat = noise.flatten(1)[..., None]
+        out = flat + (q.mT @ w).mT @ (gain[..., None] * (q.mT @ (w @ flat)))
+        return self.basis.from_spectral((root[..., None] * out).reshape(noise.shape))
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        c = self.basis.to_spectral(residual).flatten(1)
+        v, u = self._v, self._u
+        scaled = u / v[:, None]
+        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + scaled @ u.mT  # I + U^T D^-1 U
+        lower = torch.linalg.cholesky_ex(inner)[0]
+        small = torch.linalg.solve_triangular(lower, scaled @ c[..., None], upper=False)[..., 0]
+        quadratic = _sum(c.square() / v) - _sum(small.square())
+        log_det = _sum(v.log()) + 2 * _sum(lower.diagonal(dim1=-2, dim2=-1).log())
+        return -0.5 * (quadratic + log_det + c.shape[1] * math.log(2 * math.pi))
+
+    def affine(self, scale: float, shift: float) -> LowRank:
+        variance = (scale * self.variance + shift).clamp(min=_floor(self.variance.dtype))
+        return LowRank(variance, math.sqrt(scale) * self.factors, self.basis)
+
+    def given(self, precision: float) -> LowRank | Diagonal:
+        if math.isinf(precision):
+            return Diagonal(torch.zeros_like(self.variance), self.basis)
+        v, u = self._v, self._u
+        scaled = u / v[:, None]  # W^T, with C^-1 = D^-1 - W M^-1 W^T
+        smaller = v / (1 + precision * v)  # D'
+        kept = scaled * smaller[:, None]
+        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + (scaled - kept / v[:, None]) @ u.mT
+        # M - W^T D' W, with W^T D' W = sum D' (U/v)^2; both terms in one to keep it positive
+        lower = torch.linalg.cholesky_ex(0.5 * (inner + inner.mT))[0]
+        factors = torch.linalg.solve_triangular(lower, kept, upper=False)
+        variance = self.variance / (1 + precision * self.variance)
+        return LowRank(variance, factors.reshape(-1, *self.factors.shape[1:]), self.basis)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """C as a matrix over the flattened event.
+
+    Args:
+        matrix: (m or 1, d, d), symmetric and positive semi-definite.
+    """
+
+    matrix: Tensor
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def _lower(self) -> Tensor:
+        """A Cholesky factor; a hair of the mean variance is added, since C may have lost a direction."""
+        d = self.matrix.shape[-1]
+        hair = torch.finfo(self.matrix.dtype).eps * 16 * self.matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(d, dtype=self.matrix.dtype, device=self.matrix.device)
+        return torch.linalg.cholesky_ex(self.matrix + hair.clamp(min=_floor(hair.dtype))[:, None, None] * eye)[0]
+
+    def apply(self, v: Tensor) -> Tensor:
+        return (self.matrix @ v.flatten(1)[..., None])[..., 0].reshape(v.shape)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return (self._lower @ noise.flatten(1)[..., None])[..., 0].reshape(noise.shape)
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        lower = self._lower
+        white = torch.linalg.solve_triangular(lower, residual.flatten(1)[..., None], upper=False)[..., 0]
+        log_det = 2 * _sum(lower.diagonal(dim1=-2, dim2=-1).log())
+        return -0.5 * (_sum(white.square()) + log_det + white.shape[1] * math.log(2 * math.pi))
+
+    def affine(self, scale: float, shift: float) -> Dense:
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return Dense(scale * self.matrix + shift * eye)
+
+    def given(self, precision: float) -> Dense:
+        if math.isinf(precision):
+            return Dense(torch.zeros_like(self.matrix))
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        # (C^-1 + a I)^-1 = (I + a C)^-1 C, which needs no inverse of C
+        shrunk = torch.linalg.solve_ex(eye + precision * self.matrix, self.matrix)[0]
+        return Dense(0.5 * (shrunk + shrunk.mT))
