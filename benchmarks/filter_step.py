@@ -1,18 +1,21 @@
 """One step of the particle filter, side by side with other filters, and on two processes.
 
-    python benchmarks/filter_step.py [--json results.json] [--skip-particles]
+    python benchmarks/filter_step.py [--json results.json] [--skip-particles] [--step-only]
+    THP_MEM_ALLOC_ENABLE=1 python benchmarks/filter_step.py ...
 
 A bootstrap filter of the linear-Gaussian model x_0 ~ N(0, I), x_i = 0.9 x_{i-1} + N(0, 0.25 I), y_i = x_i + N(0, I),
 in d dimensions with n particles, in float64, resampled systematically before every move:
 
     smcdiff      ParticleFilter, with its evidence, effective sample size and faults, without stored ancestors;
+    float32      the same with states in float32; its weights and evidence stay in float64;
     bare loop    move, weigh, systematic resampling, gather in torch, and nothing else;
     particles    nchopin/particles 0.4 with the model in plain numpy; it needs numpy < 2, so the script makes an
                  environment of its own for it, in a temporary folder, and leaves this side out where it cannot;
     Pyro         pyro.infer.SMCFilter.
 
-All sides take turns in one run, one thread each; a number is the median over the rounds. Goals: at least twice as fast
-as each library at n >= 10 000, within 10 % of the bare loop.
+All sides take turns in one run, one thread each (--threads gives torch's sides more); a number is the median over the
+rounds. The second command lets torch ask the system for large pages of memory, as numpy does unasked. Goals: at least
+twice as fast as each library at n >= 10 000, within 10 % of the bare loop.
 """
 
 from __future__ import annotations
@@ -57,15 +60,16 @@ class LinearGaussian:
 
     d: int
     num_steps: int
+    dtype: torch.dtype = torch.float64
     device: torch.device = CPU
 
     def initial(self, num_chains: int, num_particles: int, generator: torch.Generator) -> Move:
-        x = torch.randn((num_chains, num_particles, self.d), dtype=torch.float64, generator=generator)
+        x = torch.randn((num_chains, num_particles, self.d), dtype=self.dtype, generator=generator)
         return Move({"x": x}, log_likelihood(x))
 
     def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
         x = particles["x"]
-        x = 0.9 * x + 0.5 * torch.randn(x.shape, dtype=torch.float64, generator=generator)
+        x = 0.9 * x + 0.5 * torch.randn(x.shape, dtype=self.dtype, generator=generator)
         return Move({"x": x}, log_likelihood(x))
 
 
@@ -81,11 +85,15 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def ours(n: int, d: int, steps: int) -> tuple[float, float]:
+def ours(n: int, d: int, steps: int, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
     settings, records = ParticleFilter(ess_threshold=1.0), Records(ancestors=False)
     start = now()
-    settings.run(LinearGaussian(d, steps), num_particles=n, records=records)
+    settings.run(LinearGaussian(d, steps, dtype), num_particles=n, records=records)
     return since(start)
+
+
+def in_float32(n: int, d: int, steps: int) -> tuple[float, float]:
+    return ours(n, d, steps, torch.float32)
 
 
 @torch.no_grad()
@@ -249,6 +257,48 @@ def timed(sides: dict[str, Side], n: int, d: int, rounds: int, clock: int) -> di
     return seconds
 
 
+def memory_table(
+    sides: dict[str, Side], library: ParticlesLibrary | None, n: int, ds: list[int], most: int
+) -> list[dict[str, str]]:
+    """Print and return the peak memory per particle of each side."""
+    rows = []
+    for d in (d for d in ds if n * d <= most):
+        peaks = {name: peak_memory(side, n, d, 3) for name, side in sides.items() if side is not library}
+        if library is not None:
+            peaks["particles"] = library.memory(n, d, 3)
+        rows.append({"d": str(d), "one particle's x": f"{8 * d}"} | {name: f"{peaks[name] / n:.0f}" for name in sides})
+    print(f"Peak memory per particle at n = {n:,}, bytes\n\n" + markdown(rows) + "\n")
+    return rows
+
+
+def processes_table(folder: Path, rounds: int, most: int) -> list[dict[str, str]]:
+    """Print and return the times of two processes against one."""
+    rows = []
+    for n, d in ((10_000, 8), (100_000, 8), (100_000, 64)):
+        if n * d > most:
+            continue
+        taken: dict[str, list[float]] = {"one": [], "particles": [], "chains": []}
+        for round_ in range(rounds):
+            taken["one"].append(ours(n, d, 20)[0] / 20)
+            for mode in ("particles", "chains"):
+                store = folder / f"{n} {d} {mode} {round_}"
+                taken[mode].append(on_two_processes(mode, n, d, 20, store) / 20)
+        one, sharded, chains = (statistics.median(values) for values in taken.values())
+        rows.append(
+            {
+                "n": f"{n:,}",
+                "d": str(d),
+                "one process ms": f"{1e3 * one:.2f}",
+                "particles over two ms": f"{1e3 * sharded:.2f}",
+                "chains of n / 2 over two ms": f"{1e3 * chains:.2f}",
+                "one / particles": f"{one / sharded:.2f}",
+                "one / chains": f"{one / chains:.2f}",
+            }
+        )
+    print("Two processes against one, time per step\n\n" + markdown(rows))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
@@ -256,18 +306,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--most", type=int, default=10_000_000, help="leave out sizes with n d above this")
     parser.add_argument("--skip-particles", action="store_true")
+    parser.add_argument("--step-only", action="store_true", help="leave out memory and the two processes")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument(
         "--processor-time", action="store_true", help="in the first table, for a machine that other programs share"
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    machine = describe()
+    torch.set_num_threads(arguments.threads)
+    machine = {**describe(), "large pages for torch": os.environ.get("THP_MEM_ALLOC_ENABLE", "0")}
     print(", ".join(f"{word} {value}" for word, value in machine.items()), "\n")
     content: dict[str, object] = {"machine": machine}
 
     with tempfile.TemporaryDirectory() as folder:
-        sides: dict[str, Side] = {"smcdiff": ours, "bare loop": bare}
+        sides: dict[str, Side] = {"smcdiff": ours, "float32": in_float32, "bare loop": bare}
         library = None
         if not arguments.skip_particles:
             try:
@@ -286,48 +338,16 @@ def main() -> None:
             rows.append(
                 {"n": f"{n:,}", "d": str(d)}
                 | {f"{name} ms": f"{1e3 * value:.3f}" for name, value in median.items()}
-                | {f"{name} / smcdiff": f"{median[name] / median['smcdiff']:.2f}" for name in list(median)[2:]}
+                | {f"{name} / smcdiff": f"{median[name] / median['smcdiff']:.2f}" for name in list(median)[3:]}
                 | {"smcdiff / bare loop": f"{median['smcdiff'] / median['bare loop']:.2f}"}
             )
         kind = "Processor time" if arguments.processor_time else "Time"
         print(f"{kind} per step\n\n" + markdown(rows) + "\n")
         content["step"] = results
 
-        n, rows = max(arguments.n), []
-        for d in (d for d in arguments.d if n * d <= arguments.most):
-            peaks = {name: peak_memory(side, n, d, 3) for name, side in sides.items() if side is not library}
-            if library is not None:
-                peaks["particles"] = library.memory(n, d, 3)
-            rows.append(
-                {"d": str(d), "one particle's x": f"{8 * d}"} | {name: f"{peaks[name] / n:.0f}" for name in sides}
-            )
-        print(f"Peak memory per particle at n = {n:,}, bytes\n\n" + markdown(rows) + "\n")
-        content["bytes per particle"] = rows
-
-        rows = []
-        for n, d in ((10_000, 8), (100_000, 8), (100_000, 64)):
-            if n * d > arguments.most:
-                continue
-            taken: dict[str, list[float]] = {"one": [], "particles": [], "chains": []}
-            for round_ in range(arguments.rounds):
-                taken["one"].append(ours(n, d, 20)[0] / 20)
-                for mode in ("particles", "chains"):
-                    store = Path(folder) / f"{n} {d} {mode} {round_}"
-                    taken[mode].append(on_two_processes(mode, n, d, 20, store) / 20)
-            one, sharded, chains = (statistics.median(values) for values in taken.values())
-            rows.append(
-                {
-                    "n": f"{n:,}",
-                    "d": str(d),
-                    "one process ms": f"{1e3 * one:.2f}",
-                    "particles over two ms": f"{1e3 * sharded:.2f}",
-                    "chains of n / 2 over two ms": f"{1e3 * chains:.2f}",
-                    "one / particles": f"{one / sharded:.2f}",
-                    "one / chains": f"{one / chains:.2f}",
-                }
-            )
-        print("Two processes against one, time per step\n\n" + markdown(rows))
-        content["two processes"] = rows
+        if not arguments.step_only:
+            content["bytes per particle"] = memory_table(sides, library, max(arguments.n), arguments.d, arguments.most)
+            content["two processes"] = processes_table(Path(folder), arguments.rounds, arguments.most)
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -30,7 +30,7 @@ from torch.distributions import MultivariateNormal
 
 import smcdiff as sd
 
-__all__ = ["MixtureProblem", "distance_to_posterior", "sliced_wasserstein"]
+__all__ = ["MixtureProblem", "Yardstick", "sliced_wasserstein"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,28 +154,45 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: Tensor) -> float:
         a, b: as many draws in each, (n, d).
         directions: unit vectors, (d, number).
     """
-    return float(((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean())
+    return float((_projected(a, directions) - _projected(b, directions)).abs().mean())
 
 
-def distance_to_posterior(
-    problem: MixtureProblem, x: Tensor, seed: int, directions: int = 500, repeats: int = 8
-) -> tuple[float, float]:
-    """Sliced Wasserstein distance of draws from the posterior, and the floor: that of as many exact draws.
+class Yardstick:
+    """Sliced Wasserstein distances from a posterior, and the floor that exact draws reach.
 
-    Both are means over independent sets of exact draws, with the same directions.
+    Both are means over independent sets of exact draws, along the same directions.
 
     Args:
-        x: (n, d).
+        problem: whose posterior.
+        n: number of draws in a set.
         seed: of directions and exact draws.
         directions: number of directions.
-        repeats: number of sets of exact draws.
+        repeats: number of sets.
     """
-    generator = torch.Generator().manual_seed(seed)
-    unit = torch.randn((problem.d, directions), dtype=torch.float64, generator=generator)
-    unit = unit / unit.norm(dim=0)
-    sample, floor = 0.0, 0.0
-    for _ in range(repeats):
-        reference, again = (problem.posterior_draws(len(x), generator) for _ in range(2))
-        sample += sliced_wasserstein(x, reference, unit) / repeats
-        floor += sliced_wasserstein(again, reference, unit) / repeats
-    return sample, floor
+
+    def __init__(self, problem: MixtureProblem, n: int, seed: int, directions: int = 500, repeats: int = 8) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.randn((problem.d, directions), dtype=torch.float64, generator=generator)
+        self._directions = unit / unit.norm(dim=0)
+        self._references, floors = [], []
+        for _ in range(repeats):
+            reference, again = (_projected(problem.posterior_draws(n, generator), self._directions) for _ in range(2))
+            self._references.append(reference)
+            floors.append(float((again - reference).abs().mean()))
+        self.floor = sum(floors) / repeats
+
+    def distance(self, x: Tensor) -> float:
+        """Of n draws from the posterior.
+
+        Args:
+            x: (n, d).
+        """
+        projected = _projected(x, self._directions)
+        return sum(float((projected - reference).abs().mean()) for reference in self._references) / len(
+            self._references
+        )
+
+
+def _projected(x: Tensor, directions: Tensor) -> Tensor:
+    """Sorted projections, (n, directions)."""
+    return (x @ directions).sort(0).values

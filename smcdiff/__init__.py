@@ -71,6 +71,7 @@ from smcdiff.guidance.replacement import Replacement
 from smcdiff.guidance.reward import FeynmanKacSteering, RewardTwist, black_box
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.tempered import TemperedTwist, tempered
+from smcdiff.guidance.tilted import Tilted
 from smcdiff.guidance.time_travel import TimeTravel
 from smcdiff.guidance.tmpd import TMPD, TMPDTwist
 from smcdiff.guidance.twists import PointTwist, TweedieTwist, WidenedTwist
@@ -101,6 +102,17 @@ from smcdiff.measurement import (
 from smcdiff.moves import MarginalMH, ParticleGibbs
 from smcdiff.smc import FilterError, ParticleFilter, Records
 from smcdiff.state_space import StateSpaceModel
+from smcdiff.validation import (
+    CalibrationStudy,
+    MeasurementSplit,
+    PosteriorDraws,
+    SMCPosterior,
+    StudyError,
+    posterior_score,
+    predictive_check,
+    split_measurement,
+    stein_discrepancy,
+)
 from smcdiff.zoo import load_prior
 
 __version__ = "0.1.0"
@@ -123,6 +135,7 @@ __all__ = [
     "BlindDPS",
     "Blur",
     "Bootstrap",
+    "CalibrationStudy",
     "Choice",
     "Circular",
     "ClassifierFree",
@@ -167,6 +180,7 @@ __all__ = [
     "Mask",
     "Matrix",
     "Max",
+    "MeasurementSplit",
     "MixedMeasurement",
     "NetworkDenoiser",
     "NoiseLevel",
@@ -176,21 +190,25 @@ __all__ = [
     "PiGDMTwist",
     "PointTwist",
     "PoissonMeasurement",
+    "PosteriorDraws",
     "Radon",
     "RePaint",
     "Records",
     "Replacement",
     "ReverseChain",
     "RewardTwist",
+    "SMCPosterior",
     "Select",
     "SignalStep",
     "SpectralCovariance",
     "Start",
     "StateSpaceModel",
+    "StudyError",
     "Sum",
     "TMPDTwist",
     "TabulatedSchedule",
     "TemperedTwist",
+    "Tilted",
     "TimeTravel",
     "TrailingGrid",
     "TweedieTwist",
@@ -211,6 +229,10 @@ __all__ = [
     "from_velocity",
     "load_prior",
     "normalised_kernel",
+    "posterior_score",
+    "predictive_check",
+    "split_measurement",
+    "stein_discrepancy",
     "tempered",
     "unroll",
 ]

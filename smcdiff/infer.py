@@ -16,12 +16,13 @@ from smcdiff.diagnostics.run import Run
 from smcdiff.diagnostics.weights import entropy
 from smcdiff.guidance.base import Method
 from smcdiff.guidance.batching import pick_max_batch
+from smcdiff.guidance.deferred import DeferredModel, WeighsAtTheEnd
 from smcdiff.guidance.potentials import Steers, with_potential
 from smcdiff.guidance.predictive import Call
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.time_travel import TravellingModel, with_travel
 from smcdiff.guidance.twisted import TwistedModel
-from smcdiff.smc import FilterResult, FilterState, History, ParticleFilter, Records
+from smcdiff.smc import FeynmanKac, FilterResult, FilterState, History, ParticleFilter, Records
 from smcdiff.smc.checkpoint import Checkpoint
 from smcdiff.smc.evidence import evidence_variance
 from smcdiff.smc.genealogy import surviving_roots
@@ -111,11 +112,7 @@ class SMC:
         program = Program(self.kernel.model, args, kwargs)
         max_batch = pick_max_batch(program, self.kernel) if self._max_batch is None else self._max_batch
         model = TwistedModel(program, self.kernel, max_batch)
-        path = (
-            with_potential(model, self.kernel)
-            if isinstance(self.kernel, Steers)
-            else with_travel(model, self.kernel, self.num_particles)
-        )
+        path = _path(model, self.kernel, self.num_particles)
         seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         with tqdm(total=path.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
 
@@ -333,6 +330,15 @@ def _variance_of_one_run(result: FilterResult) -> Tensor | None:
         return evidence_variance(result)
     except ValueError:
         return None
+
+
+def _path(model: TwistedModel, kernel: Method, num_particles: int) -> FeynmanKac:
+    """The model that a run of the method takes: with its potentials, its jumps, or weights at the end."""
+    if isinstance(kernel, Steers):
+        return with_potential(model, kernel)
+    if isinstance(kernel, WeighsAtTheEnd) and kernel.weighs_at_the_end:
+        return DeferredModel(model)
+    return with_travel(model, kernel, num_particles)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Training:
         bfloat16: run the network's arithmetic in bfloat16; weights and loss stay in float32.
         save_every: steps between two checkpoints.
         log_share: share of the crops, in [0, 1], whose noise level is uniform in log(sigma_t / alpha_t).
+        upright: whether pictures have a top and a left, as digits do; others are turned and mirrored at random.
         device: where network and pictures are moved to. Crops are drawn on the CPU and so are the same everywhere; the
             noise is drawn on the device and is that device's own.
     """
@@ -56,6 +57,7 @@ class Training:
     bfloat16: bool = True
     save_every: int = 250
     log_share: float = 0.0
+    upright: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class Training:
         return self.learning_rate * min(1.0, (done + 1) / 200) * (0.01 + 0.99 * cosine)
 
     def _loss(self, network: nn.Module, frames: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
-        x_0 = random_crops(frames, self.batch, self.size, generator)
+        x_0 = random_crops(frames, self.batch, self.size, generator, self.upright)
         index = self._indices(alphas_cumprod, generator)
         alpha_bar = alphas_cumprod[index].reshape(-1, 1, 1, 1)
         alpha_t, sigma_t = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -168,8 +170,8 @@ class Training:
         return torch.Generator(self.device).manual_seed(seed)
 
 
-def random_crops(frames: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
-    """(number, channels, size, size): crops of ``frames`` at random places, turned and mirrored at random.
+def random_crops(frames: Tensor, number: int, size: int, generator: torch.Generator, upright: bool = False) -> Tensor:
+    """(number, channels, size, size): crops of ``frames`` at random places, turned and mirrored unless ``upright``.
 
     The places come from ``generator``, a generator on the CPU, the crops lie where the frames do.
     """
@@ -179,7 +181,7 @@ def random_crops(frames: Tensor, number: int, size: int, generator: torch.Genera
         return torch.randint(high, (number,), generator=generator)
 
     frame, top, left = draw(len(frames)), draw(rows - size + 1), draw(columns - size + 1)
-    turns, mirror = draw(4)[:, None, None], draw(2)[:, None, None]
+    turns, mirror = draw(1 if upright else 4)[:, None, None], draw(1 if upright else 2)[:, None, None]
     along = torch.arange(size)
     down, across = along[None, :, None], along[None, None, :]
     across = torch.where(mirror == 1, size - 1 - across, across)

@@ -130,6 +130,27 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rate(2000) == pytest.approx(0.005)
 
 
+def test_a_share_of_the_noise_levels_is_uniform_in_the_log_of_their_ratio() -> None:
+    alpha_bar = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)
+    training = Training(steps=1, batch=40_000, log_share=0.25)
+    index = training._indices(alpha_bar, torch.Generator().manual_seed(0))
+    log_ratio = (1 / alpha_bar - 1).log()
+    cells = torch.cat([log_ratio[:1], (log_ratio[1:] + log_ratio[:-1]) / 2, log_ratio[-1:]])
+    for part, probability in ((index[:10_000], cells.diff() / (cells[-1] - cells[0])), (index[10_000:], None)):
+        last = torch.tensor([0, 1, 2, 4, 9, 19, 49, 99, 199, 399, 599, 799])  # of each group, so that counts are large
+        groups = torch.searchsorted(last, torch.arange(1000))
+        expected = torch.zeros(13, dtype=torch.float64).index_add(
+            0, groups, torch.full((1000,), 1e-3, dtype=torch.float64) if probability is None else probability
+        )
+        counts = torch.bincount(groups[part], minlength=13)
+        assert stats.chisquare(counts, len(part) * expected).pvalue > 1e-5
+
+
+def test_a_share_beyond_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got log_share 1.5; expected a share of the crops in \[0, 1\]"):
+        Training(steps=1, log_share=1.5)
+
+
 def test_crops_are_all_places_and_all_eight_symmetries_alike() -> None:
     frames = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)
     possible: dict[tuple[float, ...], int] = {}
@@ -147,6 +168,25 @@ def test_crops_are_all_places_and_all_eight_symmetries_alike() -> None:
         possible[tuple(crop.flatten().tolist())] += 1
     assert len(possible) == 96
     assert stats.chisquare(list(possible.values())).pvalue > 1e-5
+
+
+def test_upright_crops_are_neither_turned_nor_mirrored(tmp_path: Path) -> None:
+    frames = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 1, 3, 4)
+    possible = {frames[f, :, r : r + 2, c : c + 2].flatten() for f in range(2) for r in range(2) for c in range(3)}
+    wanted = {tuple(crop.tolist()) for crop in possible}
+    crops = random_crops(frames, 600, 2, torch.Generator().manual_seed(0), upright=True)
+    # A place is left out of 600 with probability 12 (11 / 12)^600 < 1e-20.
+    assert {tuple(crop.flatten().tolist()) for crop in crops} == wanted
+    seen: list[Tensor] = []
+
+    class Watching(Affine):
+        def forward(self, x_t: Tensor, index: Tensor) -> Tensor:
+            seen.append(x_t)
+            return super().forward(x_t, index)
+
+    still = torch.tensor([1 - 1e-12], dtype=torch.float64)  # no noise: the network sees the crops
+    Training(1, 8, 2, bfloat16=False, upright=True).run(Watching(), frames, still.float(), tmp_path / "run.pt")
+    assert {tuple(crop.flatten().tolist()) for crop in seen[0]} <= wanted
 
 
 def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class _SharedMixtureCovariance:
         share = self.shares(x_t.flatten(1), level)
         away = self.coordinates - (share @ self.coordinates)[:, None]  # (m, components, rank)
         spread = (share[..., None] * away).mT @ away
-        hair = torch.finfo(spread.dtype).eps * spread.diagonal(dim1=-2, dim2=-1).sum(-1)
+        hair = 4 * torch.finfo(spread.dtype).eps * spread.diagonal(dim1=-2, dim2=-1).sum(-1)
         hair = hair.clamp(min=torch.finfo(spread.dtype).tiny ** 0.5)[:, None, None]
         eye = torch.eye(spread.shape[-1], dtype=spread.dtype, device=spread.device)
         return {"spread": torch.linalg.cholesky_ex(spread + hair * eye)[0]}
@@ -131,7 +131,7 @@ def shared_covariance(
         return within
     away = means - means[0]
     _, size, rows = torch.linalg.svd(away, full_matrices=False)
-    rows = rows[: max(1, int((size > 1e-10 * size[0]).sum()))]
+    rows = rows[: max(1, int((size > 16 * torch.finfo(size.dtype).eps * size[0]).sum()))]
     span = maps.to_spectral(rows.reshape(-1, *event_shape))
     return _SharedMixtureCovariance(within, away @ rows.mT, span, shares)
 
@@ -167,5 +167,6 @@ class _Maps:
 def _eigenbasis(vectors: Tensor) -> Basis:
     """The basis of the columns of an orthogonal matrix over flattened events."""
     return _Maps(
-        lambda x: (x.flatten(1) @ vectors).reshape(x.shape), lambda c: (c.flatten(1) @ vectors.mT).reshape(c.shape)
+        lambda x: (x.flatten(1) @ vectors.to(x.dtype)).reshape(x.shape),
+        lambda c: (c.flatten(1) @ vectors.mT.to(c.dtype)).reshape(c.shape),
     )

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from smcdiff.diffusion.chain import ReverseChain
 from smcdiff.diffusion.covariance_models import BASES, SpectralBasis, SpectralCovariance
+from smcdiff.diffusion.smoothing import smoothed
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -68,8 +69,8 @@ def calibrate(
 ) -> Calibration:
     """Measure the spectral covariance of a chain's denoiser at the chain's levels.
 
-    A Gaussian prior's variance of each coordinate is added as one more picture's worth of evidence, so that a
-    coordinate never seen to vary keeps a variance above zero.
+    Neighbouring coordinates are averaged as far as sampling noise asks for it
+    (:mod:`smcdiff.diffusion.smoothing`), and a coordinate never seen to vary keeps a variance above zero.
 
     Args:
         images: clean pictures the network was not trained on, or draws from the chain, (number, *event).
@@ -84,7 +85,7 @@ def calibrate(
     denoiser = chain.denoiser
     if images.shape[1:] != denoiser.event_shape or len(images) < 2:
         raise ValueError(
-            f"got images of shape {tuple(images.shape)}; expected two at least, (number, *{tuple(denoiser.event_shape)})"
+            f"got images of shape {tuple(images.shape)}; expected two or more, (number, *{tuple(denoiser.event_shape)})"
         )
     if not bool(torch.isfinite(images).all()):
         raise ValueError("got images with NaN or infinite values; leave them out")
@@ -93,22 +94,25 @@ def calibrate(
     to_spectral = BASES[basis].to_spectral
     images = images.to(denoiser.device, denoiser.dtype)
     generator = torch.Generator(images.device).manual_seed(seed)
+    # the same noise at all levels, so that their sampling errors go together and neighbouring levels agree
+    noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
     single = chain.expand(())
     tables, kurtoses, pictures, pixels = [], [], [], []
     for level in tqdm(chain.levels[1:], desc="calibrating", unit="level", disable=not progress, leave=False):
-        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
         noisy = level.alpha * images + level.sigma * noise
         residual = torch.cat(
             [part - single.denoise(x, level) for part, x in zip(images.split(batch), noisy.split(batch), strict=True)]
         ).double()
         r = to_spectral(residual).square()
-        everywhere = r.mean()
-        variance = (r.sum(0) + everywhere) / (len(r) + 1)
+        measured = r.mean(0).clamp(min=1e-9 * float(r.mean()) + torch.finfo(r.dtype).tiny ** 0.5)
+        variance = smoothed(measured[None], len(r), BASES[basis])[0]
         tables.append(variance.cpu())
-        standard = r / variance
-        kurtoses.append(float(standard.square().mean() - 3))
+        standard = r / measured
+        # of n normal values the mean of r^4 over the square of the mean of r^2 is 3 n / (n + 2), not 3
+        small = (len(r) + 2) / len(r)
+        kurtoses.append(float(small * standard.square().mean() - 3))
         d = standard[0].numel()
-        pictures.append(float(standard.flatten(1).mean(1).var() * d / 2))
+        pictures.append(float(small * standard.flatten(1).mean(1).var() * d / 2))
         squares = residual.square()
         place = squares.mean(0)
         sampling = squares.var(0) / len(squares)

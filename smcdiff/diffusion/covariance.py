@@ -30,7 +30,7 @@ class Covariance(Protocol):
         """C v for v of shape (m, *event)."""
 
     def draw(self, noise: Tensor) -> Tensor:
-        """C^(1/2) noise with standard normal noise, (m, *event): a draw from N(0, C)."""
+        """R noise with R R^T = C and standard normal noise, (m, *event): a draw from N(0, C)."""
 
     def log_prob(self, residual: Tensor) -> Tensor:
         """log N(residual; 0, C), (m,) of float64."""
@@ -48,7 +48,7 @@ def _floor(dtype: torch.dtype) -> float:
 
 
 def _sum(terms: Tensor) -> Tensor:
-    return terms.flatten(1).sum(1, dtype=torch.float64)
+    return terms.reshape(len(terms), -1).sum(1, dtype=torch.float64)
 
 
 @final
@@ -107,6 +107,12 @@ class LowRank:
     def _u(self) -> Tensor:
         return self.factors.flatten(2)
 
+    @property
+    def _divisible(self) -> Tensor:
+        """v, not below what rounding makes of U U^T: a coordinate may vary by the factors alone."""
+        own = self._u.square().sum(1)
+        return self._v.maximum(4 * torch.finfo(own.dtype).eps * own).clamp(min=_floor(own.dtype))
+
     def apply(self, v: Tensor) -> Tensor:
         c = self.basis.to_spectral(v)
         flat = c.flatten(1)[..., None]
@@ -116,7 +122,7 @@ class LowRank:
     def draw(self, noise: Tensor) -> Tensor:
         # D^(1/2) (I + W W^T)^(1/2) noise with W = D^(-1/2) U; with W^T W = Q diag(l) Q^T the root is
         # I + W Q diag((sqrt(1 + l) - 1) / l) Q^T W^T
-        root = self._v.sqrt()
+        root = self._divisible.sqrt()
         w = self._u / root[:, None]  # W^T
         values, q = torch.linalg.eigh(w @ w.mT)
         gain = 1 / (1 + (1 + values.clamp(min=0)).sqrt())
@@ -126,7 +132,7 @@ class LowRank:
 
     def log_prob(self, residual: Tensor) -> Tensor:
         c = self.basis.to_spectral(residual).flatten(1)
-        v, u = self._v, self._u
+        v, u = self._divisible, self._u
         scaled = u / v[:, None]
         inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + scaled @ u.mT  # I + U^T D^-1 U
         lower = torch.linalg.cholesky_ex(inner)[0]
@@ -142,12 +148,10 @@ class LowRank:
     def given(self, precision: float) -> LowRank | Diagonal:
         if math.isinf(precision):
             return Diagonal(torch.zeros_like(self.variance), self.basis)
-        v, u = self._v, self._u
-        scaled = u / v[:, None]  # W^T, with C^-1 = D^-1 - W M^-1 W^T
-        smaller = v / (1 + precision * v)  # D'
-        kept = scaled * smaller[:, None]
-        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + (scaled - kept / v[:, None]) @ u.mT
-        # M - W^T D' W, with W^T D' W = sum D' (U/v)^2; both terms in one to keep it positive
+        # with D' = (D^-1 + a I)^-1 and U' = D' D^-1 U = U / (1 + a v) it is D' + U' (I + a U^T U')^-1 U'^T
+        u = self._u
+        kept = u / (1 + precision * self._v[:, None])
+        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + precision * kept @ u.mT
         lower = torch.linalg.cholesky_ex(0.5 * (inner + inner.mT))[0]
         factors = torch.linalg.solve_triangular(lower, kept, upper=False)
         variance = self.variance / (1 + precision * self.variance)
@@ -166,26 +170,24 @@ class Dense:
     matrix: Tensor
 
     @property
-    def rank(self) -> int:
-        return 0
-
-    @property
     def _lower(self) -> Tensor:
-        """A Cholesky factor; a hair of the mean variance is added, since C may have lost a direction."""
-        d = self.matrix.shape[-1]
-        hair = torch.finfo(self.matrix.dtype).eps * 16 * self.matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-        eye = torch.eye(d, dtype=self.matrix.dtype, device=self.matrix.device)
-        return torch.linalg.cholesky_ex(self.matrix + hair.clamp(min=_floor(hair.dtype))[:, None, None] * eye)[0]
+        """A Cholesky factor, float64. A hair of the trace, about the rounding of the entries, is added to the diagonal,
+        since C may have lost a direction."""
+        trace = self.matrix.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+        hair = (4 * torch.finfo(self.matrix.dtype).eps * trace).clamp(min=_floor(torch.float64))
+        eye = torch.eye(self.matrix.shape[-1], dtype=torch.float64, device=self.matrix.device)
+        return torch.linalg.cholesky_ex(self.matrix.double() + hair[:, None, None] * eye)[0]
 
     def apply(self, v: Tensor) -> Tensor:
         return (self.matrix @ v.flatten(1)[..., None])[..., 0].reshape(v.shape)
 
     def draw(self, noise: Tensor) -> Tensor:
-        return (self._lower @ noise.flatten(1)[..., None])[..., 0].reshape(noise.shape)
+        drawn = (self._lower @ noise.flatten(1)[..., None].double())[..., 0]
+        return drawn.reshape(noise.shape).to(noise.dtype)
 
     def log_prob(self, residual: Tensor) -> Tensor:
         lower = self._lower
-        white = torch.linalg.solve_triangular(lower, residual.flatten(1)[..., None], upper=False)[..., 0]
+        white = torch.linalg.solve_triangular(lower, residual.flatten(1)[..., None].double(), upper=False)[..., 0]
         log_det = 2 * _sum(lower.diagonal(dim1=-2, dim2=-1).log())
         return -0.5 * (_sum(white.square()) + log_det + white.shape[1] * math.log(2 * math.pi))
 
@@ -197,6 +199,6 @@ class Dense:
         if math.isinf(precision):
             return Dense(torch.zeros_like(self.matrix))
         eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
-        # (C^-1 + a I)^-1 = (I + a C)^-1 C, which needs no inverse of C
+        # (I + a C)^-1 C, which needs no inverse of C
         shrunk = torch.linalg.solve_ex(eye + precision * self.matrix, self.matrix)[0]
         return Dense(0.5 * (shrunk + shrunk.mT))

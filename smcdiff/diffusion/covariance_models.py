@@ -18,7 +18,10 @@ References:
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
@@ -91,19 +94,30 @@ class _Table:
         if not bool(torch.isfinite(self.variances).all()) or not bool((self.variances > 0).all()):
             raise ValueError("got a variance that is not positive and finite; expected mean squared errors of x0_hat")
 
-    def __call__(self, ratio: float) -> Tensor:
-        """Variances at sigma / alpha = ratio, (*coordinates)."""
-        known = torch.isclose(self.ratios, self.ratios.new_tensor(ratio), rtol=1e-9, atol=0.0)
-        if bool(known.any()):
-            return self.variances[int(known.nonzero()[0])]
-        above = int((self.ratios < ratio).sum())
-        if above == 0 or above == len(self.ratios):  # beyond the table x_0 keeps the variance 1 / lambda it has there
+    @cached_property
+    def _places(self) -> list[float]:
+        places: list[float] = self.ratios.tolist()
+        return places
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        """The variances on the devices that asked, so that a run waits for each but once."""
+        return {}
+
+    def __call__(self, ratio: float, device: torch.device) -> Tensor:
+        """Variances at sigma / alpha = ratio, (*coordinates), float64."""
+        if device not in self._copies:
+            self._copies[device] = self.variances.to(device)
+        variances, places = self._copies[device], self._places
+        above = bisect_left(places, ratio * (1 - 1e-9))  # the first level not below
+        if above < len(places) and math.isclose(places[above], ratio, rel_tol=1e-9):
+            return variances[above]
+        if above in (0, len(places)):  # beyond the table x_0 keeps the variance 1 / lambda it has there
             end = 0 if above == 0 else -1
-            precision = (1 / self.variances[end] - self.ratios[end] ** -2).clamp(min=0)
+            precision = (1 / variances[end] - places[end] ** -2).clamp(min=0)
             return 1 / (precision + ratio**-2)
-        r_0, r_1 = self.ratios[above - 1], self.ratios[above]
-        v_0, v_1 = self.variances[above - 1], self.variances[above]
-        w = (self.ratios.new_tensor(ratio).log() - r_0.log()) / (r_1.log() - r_0.log())
+        (r_0, r_1), (v_0, v_1) = places[above - 1 : above + 1], variances[above - 1 : above + 1]
+        w = math.log(ratio / r_0) / math.log(r_1 / r_0)
         u_0, u_1 = r_0**2 / v_0 - 1, r_1**2 / v_1 - 1
         gaussian = (u_0 > 0) & (u_1 > 0)
         u = torch.exp((1 - w) * u_0.clamp(min=1e-30).log() + w * u_1.clamp(min=1e-30).log())
@@ -130,13 +144,18 @@ class IsotropicCovariance:
 
     def __post_init__(self) -> None:
         variances = torch.as_tensor(self.variances, dtype=torch.float64, device="cpu")
+        if variances.ndim != (0 if self.ratios is None else 1):
+            raise ValueError(
+                f"got variances of shape {tuple(variances.shape)}; expected one number, or (levels,) with the ratios of "
+                "the levels"
+            )
         object.__setattr__(self, "_table", _table(variances, self.ratios, event_dim=0))
 
     def parts(self, denoiser: Denoiser, x_t: Tensor, level: NoiseLevel, estimate: Estimate) -> Parts:
         return {}
 
     def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Diagonal:
-        return Diagonal(like.new_full((1,) * like.ndim, float(self._table(level.ratio))))
+        return Diagonal(self._table(level.ratio, like.device).to(like.dtype).expand((1,) * like.ndim))
 
 
 @final
@@ -167,7 +186,10 @@ class SpectralCovariance:
         if ratios is None and variances.ndim < 1:
             raise ValueError("got one number; expected the spectrum of an event, or sd.IsotropicCovariance")
         self.table = _table(variances.double().cpu(), ratios, event_dim=1)
-        self._cache: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def __repr__(self) -> str:
+        shape, total = tuple(self.table.variances.shape), float(self.table.variances.log().sum())
+        return f"SpectralCovariance({shape}, {self.basis_name!r}, sum of logarithms {total:.12g})"
 
     @property
     def event_shape(self) -> torch.Size:
@@ -203,10 +225,7 @@ class SpectralCovariance:
         return {}
 
     def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Diagonal:
-        key = (level.ratio, like.dtype, like.device)
-        if key not in self._cache:
-            self._cache[key] = self.table(level.ratio)[None].to(like)
-        return Diagonal(self._cache[key], self.basis)
+        return Diagonal(self.table(level.ratio, like.device)[None].to(like.dtype), self.basis)
 
 
 @final

@@ -11,9 +11,9 @@ q(x_s given x_t, x_0) = N(b x_t + c x_0, kappa^2 I):
 
 By Bayes log p - log q + log psi_s - log psi_t collapses to that weight: what the network says at x_s against what the
 Gaussian at x_t foretold it would say. It is zero where p(x_0 given x_t) is Gaussian with that covariance. One forward
-pass per particle and step, no pass back. Where p(y given x_0) is not linear and Gaussian its Gauss-Newton quadratic
-about m takes its place in twist and proposal (:mod:`smcdiff.guidance.gauss_newton`), and psi_0 is the likelihood as
-it is, so that the weights stay exact.
+pass per particle and step, no pass back. Where p(y given x_0) is not linear and Gaussian a quadratic takes its place in
+twist and proposal (:mod:`smcdiff.guidance.information`), and psi_0 is the likelihood as it is, so that the weights
+stay exact.
 
 References:
     M. Pitt, N. Shephard, "Filtering via Simulation: Auxiliary Particle Filters" (1999): full adaptation.
@@ -34,12 +34,15 @@ from torch import Tensor
 
 from smcdiff.diffusion.covariance import Covariance, Diagonal
 from smcdiff.diffusion.covariance_models import CovarianceModel
+from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.kernels import full_transition
+from smcdiff.diffusion.schedule import NoiseLevel
 from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep, log_ratio
 from smcdiff.guidance.conjugate_gradients import ConjugateGradients
-from smcdiff.guidance.full_chains import FullChains
-from smcdiff.guidance.gauss_newton import Conditioned, Information, States
-from smcdiff.guidance.information import informed
+from smcdiff.guidance.full_chains import Beside, FullChains
+from smcdiff.guidance.information import Conditioning
+from smcdiff.guidance.program import Program
+from smcdiff.guidance.quadratic import Conditioned, Covariances, Information, Noise, States
 
 __all__ = ["Adapted"]
 
@@ -58,19 +61,24 @@ class Adapted:
             given, the given one is used by twist and proposal alone, and the weights correct for the difference.
         max_measurements: up to so many measured values the measurement's derivative is written out, which takes any
             program and covariance; more need an operator and a covariance with a common basis, or conjugate gradients.
+        expansions: how often a program that is not linear in its latents is expanded at every step: about x0_hat, and
+            then about the mean given the expansion before. At least 1.
         solver: the settings of the conjugate gradients.
 
     Raises:
-        ValueError: at the run, for a prior without a covariance.
+        ValueError: for less than one expansion; at the run, for a prior without a covariance.
         TypeError: at the run, for a program that it cannot take, with the remedy.
     """
 
     model: Callable[..., Any]
     covariance: CovarianceModel | None = None
     max_measurements: int = 64
+    expansions: int = 2
     solver: ConjugateGradients = field(default_factory=ConjugateGradients)
 
     def __post_init__(self) -> None:
+        if self.expansions < 1:
+            raise ValueError(f"got expansions {self.expansions}; expected at least 1, about x0_hat")
         if not isinstance(self.model, FullChains):
             object.__setattr__(self, "model", FullChains(self.model, self.covariance))
 
@@ -86,33 +94,36 @@ class Adapted:
     def proposal(self) -> _ConjugateProposal:
         return _ConjugateProposal(self)
 
-    def covariances(self, steps: dict[str, SiteStep]) -> dict[str, Covariance]:
-        """C_t of each latent, for twist and proposal."""
-        found: dict[str, Covariance] = {}
-        for name, step in steps.items():
-            latent = step.program.latents[name]
-            if not latent.is_diffusion:
-                assert step.estimate.variance is not None
-                found[name] = Diagonal(step.estimate.variance)
-                continue
-            model, parts = latent.chain.covariance, step.estimate.parts
-            if self.covariance is not None and self.replaces(step):
-                model = self.covariance
-                parts = model.parts(latent.chain.denoiser, step.x, step.coefficients.t, step.estimate)
-            assert model is not None
-            found[name] = model.at(step.coefficients.t, parts, step.x)
+    def looked(self, prediction: Prediction) -> tuple[States, States, Covariances, Information]:
+        """x0_hat of the latents that move, the states of those that do not, C_t, and the likelihood's quadratic."""
+        key = (id(self), "looked")
+        if key not in prediction.memo:
+            program, held = prediction.program, prediction.program.held
+            estimates = {name: said for name, said in prediction.estimates.items() if name not in held}
+            mean = {name: said.mean.detach() for name, said in estimates.items()}
+            still = {name: prediction.x[name].detach() for name in held}
+            covariances = self.covariances(program, prediction.k, estimates)
+            information = self.information(program, mean, still, covariances)
+            prediction.memo[key] = mean, still, covariances, information
+        found: tuple[States, States, Covariances, Information] = prediction.memo[key]
         return found
 
-    def replaces(self, step: SiteStep) -> bool:
-        """Whether C_t is another covariance than that of the latent's own chain."""
-        latent = step.program.latents[step.name]
-        return latent.is_diffusion and self.covariance is not None and self.covariance is not latent.chain.covariance
+    def covariances(self, program: Program, k: int, estimates: dict[str, Estimate]) -> Covariances:
+        """C_t of each of these latents at noise level k, for twist and proposal."""
+        return {name: _covariance(program, k, name, estimate) for name, estimate in estimates.items()}
 
-    def informed(self, steps: dict[str, SiteStep], covariances: dict[str, Covariance]) -> Information:
-        """The likelihood's quadratic about x0_hat."""
-        program = next(iter(steps.values())).program
-        mean = {name: step.estimate.mean for name, step in steps.items()}
-        return informed(program, mean, covariances, self.max_measurements, self.solver)
+    def shared_covariance(self, program: Program, name: str, level: NoiseLevel, like: Tensor) -> Covariance:
+        """C_t at any noise level, of a prior with one covariance for all particles."""
+        model = program.latents[name].chain.covariance
+        assert model is not None
+        return (model.given_at if isinstance(model, Beside) else model.at)(level, {}, like)
+
+    def information(
+        self, program: Program, mean: States, held: States, covariances: Covariances, at: States | None = None
+    ) -> Information:
+        """The likelihood's quadratic; arguments as for :class:`smcdiff.guidance.information.Conditioning`."""
+        how = Conditioning(self.max_measurements, self.expansions, self.solver)
+        return how.information(program, mean, held, covariances, lambda: _highest(program), at)
 
 
 @dataclass(frozen=True)
@@ -122,10 +133,7 @@ class _CovarianceTwist:
     method: Adapted
 
     def log_psi(self, prediction: Prediction) -> Tensor:
-        steps = {name: SiteStep.at(prediction, name) for name in prediction.x if name not in prediction.program.held}
-        covariances = self.method.covariances(steps)
-        mean = {name: step.estimate.mean for name, step in steps.items()}
-        return self.method.informed(steps, covariances).condition(mean, covariances).log_integral()
+        return _looked(self.method, prediction)["log_integral"]
 
 
 @dataclass(frozen=True)
@@ -134,28 +142,50 @@ class _ConjugateProposal:
 
     method: Adapted
 
+    @property
+    def extra_passes(self) -> int:
+        return 0
+
     def objective(self, prediction: Prediction, log_psi: Tensor) -> None:
         return None
 
-    def transition(self, steps: dict[str, SiteStep]) -> _ConjugateTransition:
-        covariances = self.method.covariances(steps)
-        information = self.method.informed(steps, covariances)
+    def carry(self, prediction: Prediction) -> dict[str, Tensor]:
+        return _looked(self.method, prediction)
+
+    def transition(self, steps: dict[str, SiteStep], held: States, carried: dict[str, Tensor]) -> _ConjugateTransition:
+        first = next(iter(steps.values()))
         mean = {name: step.estimate.mean for name, step in steps.items()}
-        conditioned = information.condition(mean, covariances)
-        others = frozenset(name for name, step in steps.items() if self.method.replaces(step))
-        return _ConjugateTransition(steps, covariances, information, conditioned, others)
+        covariances = self.method.covariances(
+            first.program, first.k, {name: step.estimate for name, step in steps.items()}
+        )
+        at = {key[len(_AT) :]: state for key, state in carried.items() if key.startswith(_AT)}
+        information = self.method.information(first.program, mean, held, covariances, at or None)
+        return _ConjugateTransition(steps, covariances, information, mean, carried["log_integral"])
+
+
+def _looked(method: Adapted, prediction: Prediction) -> dict[str, Tensor]:
+    """The log-integral of each particle, and where a program that is not linear was expanded."""
+    if id(method) not in prediction.memo:
+        mean, _, covariances, information = method.looked(prediction)
+        found = {"log_integral": information.condition(mean, covariances).log_integral()}
+        found |= {f"{_AT}{name}": state for name, state in information.expanded_at.items()}
+        prediction.memo[id(method)] = found
+    return dict(prediction.memo[id(method)])
+
+
+_AT = "at/"
 
 
 @dataclass(frozen=True, eq=False)
 class _ConjugateTransition:
     steps: dict[str, SiteStep]
-    covariances: dict[str, Covariance]
+    covariances: Covariances
     information: Information
-    conditioned: Conditioned
-    others: frozenset[str]  # latents whose C_t is not their chain's own
+    mean: States
+    log_integral: Tensor  # of the information under N(mean, covariances)
 
-    def sample(self, noise: Callable[[torch.Size], Tensor]) -> States:
-        clean = self.conditioned.draw(noise)
+    def sample(self, noise: Noise) -> States:
+        clean = self.information.condition(self.mean, self.covariances).draw(noise)
         return {
             name: _towards(step, clean[name], noise) if name in clean else step.p.sample(noise(step.x.shape))
             for name, step in self.steps.items()
@@ -165,23 +195,43 @@ class _ConjugateTransition:
         means, covariances = {}, {}
         for name, step in self.steps.items():
             means[name], covariances[name] = _foretold(step, self.covariances[name], x[name])
-        foretold = self.information.condition(means, covariances)
-        return self.conditioned.log_integral() - foretold.log_integral() + self._chain_against_own(x)
+        foretold: Conditioned = self.information.condition(means, covariances)
+        return self.log_integral - foretold.log_integral() + self._chain_against_own(x)
 
     def log_p(self, x: States) -> Tensor:
         return IndependentTransition({name: (step.p, step.p) for name, step in self.steps.items()}).log_p(x)
 
     def _chain_against_own(self, x: States) -> Tensor:
         """log p(x_s given x_t) - log N(x_s; b x_t + c m, kappa^2 I + c^2 C_t), zero where C_t is the chain's own."""
-        total = torch.zeros((), dtype=torch.float64, device=next(iter(x.values())).device)
+        total = torch.zeros((), dtype=torch.float64, device=self.log_integral.device)
         for name, step in self.steps.items():
-            if name in self.others:
+            if isinstance(step.program.latents[name].chain.covariance, Beside):
                 own = full_transition(step.coefficients, step.x, step.estimate.mean, self.covariances[name])
                 total = total + log_ratio(step.p, own, x[name])
         return total
 
 
-def _towards(step: SiteStep, clean: Tensor, noise: Callable[[torch.Size], Tensor]) -> Tensor:
+def _covariance(program: Program, k: int, name: str, estimate: Estimate) -> Covariance:
+    """C_t of one latent."""
+    latent = program.latents[name]
+    if not latent.is_diffusion:
+        assert estimate.variance is not None
+        return Diagonal(estimate.variance)
+    level, model = latent.chain.levels[k], latent.chain.covariance
+    assert model is not None
+    find = model.given_at if isinstance(model, Beside) else model.at
+    return find(level, estimate.parts, estimate.mean)
+
+
+def _highest(program: Program) -> Tensor:
+    """v of the program's one diffusion prior at the highest noise, where all particles share it."""
+    name = next(name for name, latent in program.latents.items() if latent.is_diffusion)
+    found = _covariance(program, program.num_steps, name, Estimate(program.probe.values[name][None]))
+    assert isinstance(found, Diagonal)
+    return found.variance
+
+
+def _towards(step: SiteStep, clean: Tensor, noise: Noise) -> Tensor:
     """A draw of q(x_s given x_t, x_0)."""
     to = step.coefficients
     x_s = to.b * step.x + to.c * clean

@@ -9,7 +9,7 @@ says where to move it, given what the chain would do. Both see one network evalu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,12 +44,14 @@ class Prediction:
         k: index of the noise level, K ... 1.
         x: chain states, {site: (m, *shape)}; part of the autograd graph where the method differentiates.
         estimates: what the denoisers say at x, {site: Estimate}; ``mean`` is x0_hat.
+        memo: what a method's twist has made of this, for its proposal.
     """
 
     program: Program
     k: int
     x: dict[str, Tensor]
     estimates: dict[str, Estimate]
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def x0_hat(self) -> dict[str, Tensor]:
@@ -144,11 +146,24 @@ class InformedProposal(Protocol):
 class JointProposal(Protocol):
     """A proposal that moves all latents together."""
 
+    @property
+    def extra_passes(self) -> int:
+        """Network evaluations per particle that :meth:`carry` makes, forward."""
+
     def objective(self, prediction: Prediction, log_psi: Tensor) -> Tensor | None:
         """As that of a :class:`Proposal`."""
 
-    def transition(self, steps: dict[str, SiteStep]) -> Transition:
-        """p and q of latents about to take these steps; latents that are held are not among them."""
+    def carry(self, prediction: Prediction) -> dict[str, Tensor]:
+        """What :meth:`transition` will ask for of each particle, {name: (m, ...)}; it is resampled with them."""
+
+    def transition(self, steps: dict[str, SiteStep], held: dict[str, Tensor], carried: dict[str, Tensor]) -> Transition:
+        """p and q of latents about to take a step.
+
+        Args:
+            steps: of the latents that move.
+            held: states of those that do not, {site: (m, *shape)}.
+            carried: what :meth:`carry` said of these particles.
+        """
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from smcdiff.guidance.base import Method, Prediction
+from smcdiff.guidance.base import ForwardOnly, Method, Prediction
 from smcdiff.guidance.program import Program
 
 __all__ = ["bytes_per_particle", "free_bytes", "pick_max_batch"]
@@ -19,9 +19,10 @@ _UNKNOWN = 2 * 2**30
 
 
 def bytes_per_particle(program: Program, method: Method) -> int:
-    """What automatic differentiation saves of one particle's evaluation, twist included, in bytes.
+    """What automatic differentiation saves of one particle's evaluation, in bytes.
 
-    It takes one evaluation of the network, at the highest noise.
+    The twist is included, but for methods that keep no graph: they may use ``torch.func`` in it, which cannot be
+    watched. It takes one evaluation of the network, at the highest noise.
     """
     saved = 0
 
@@ -37,8 +38,9 @@ def bytes_per_particle(program: Program, method: Method) -> int:
             for name, latent in program.latents.items()
         }
         estimates = {name: latent.chain.estimate(k, x[name]) for name, latent in program.latents.items()}
-        prediction = Prediction(program, k, x, estimates)
-        method.proposal.objective(prediction, method.twist.log_psi(prediction))
+        if not (isinstance(method, ForwardOnly) and method.forward_only):
+            prediction = Prediction(program, k, x, estimates)
+            method.proposal.objective(prediction, method.twist.log_psi(prediction))
     return max(saved, sum(value.numel() * value.element_size() for value in x.values()))
 
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
+from weakref import WeakKeyDictionary
 
 from pyro.poutine.messenger import Messenger
+from torch import Tensor
 
-from smcdiff.diffusion.covariance_models import CovarianceModel
+from smcdiff.diffusion.covariance import Covariance
+from smcdiff.diffusion.covariance_models import CovarianceModel, Parts
+from smcdiff.diffusion.denoiser import Denoiser, Estimate
 from smcdiff.diffusion.prior import DiffusionPrior
+from smcdiff.diffusion.schedule import NoiseLevel
 
-__all__ = ["FullChains"]
+__all__ = ["Beside", "FullChains"]
 
 
 @dataclass(frozen=True, eq=False)
 class FullChains:
     """The program with ``variance="full"`` at every diffusion prior.
 
+    A prior without a covariance of its own has the given one. A prior with one keeps it, and what the given one says
+    of each particle is kept beside.
+
     Args:
         model: a Pyro program.
-        covariance: of the priors that have none; None leaves no prior without one.
+        covariance: given for all priors; None for their own.
     """
 
     model: Callable[..., Any]
     covariance: CovarianceModel | None = None
-    _known: dict[int, tuple[DiffusionPrior, DiffusionPrior]] = field(default_factory=dict, repr=False)
+    _known: WeakKeyDictionary[DiffusionPrior, DiffusionPrior] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Full(self):
@@ -37,16 +45,52 @@ class FullChains:
         Raises:
             ValueError: for a prior without a covariance.
         """
-        if id(prior) not in self._known:
-            covariance = prior.covariance or self.covariance
+        if prior not in self._known:
+            own, given = prior.covariance, self.covariance
+            if own is not None and given is not None and given is not own:
+                covariance: CovarianceModel | None = Beside(own, given)
+            else:
+                covariance = own or given
             if covariance is None:
                 raise ValueError(
                     f"got the diffusion prior {name!r} without a covariance of x_0 given x_t, which sd.Adapted needs; "
                     "measure it once with prior.calibrate(images), give sd.Adapted(model, covariance=...), or use "
                     "sd.TDS, which needs none"
                 )
-            self._known[id(prior)] = (prior, prior.replace(variance="full", covariance=covariance))
-        return self._known[id(prior)][1]
+            self._known[prior] = prior.replace(variance="full", covariance=covariance)
+        return self._known[prior]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A chain's own covariance, and another one for a method beside it.
+
+    Args:
+        own: the covariance that the chain has.
+        given: the other.
+    """
+
+    own: CovarianceModel
+    given: CovarianceModel
+
+    def parts(self, denoiser: Denoiser, x_t: Tensor, level: NoiseLevel, estimate: Estimate) -> Parts:
+        given = self.given.parts(denoiser, x_t, level, estimate)
+        return {
+            **self.own.parts(denoiser, x_t, level, estimate),
+            **{f"{_GIVEN}{key}": part for key, part in given.items()},
+        }
+
+    def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Covariance:
+        return self.own.at(level, parts, like)
+
+    def given_at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Covariance:
+        """The other covariance of the same particles."""
+        kept = {key[len(_GIVEN) :]: part for key, part in parts.items() if key.startswith(_GIVEN)}
+        return self.given.at(level, kept, like)
+
+
+_GIVEN = "given/"
 
 
 class _Full(Messenger):

@@ -1,131 +1,51 @@
-r"""A log-likelihood as a quadratic about the denoiser's estimate, and what it does to a normal x_0.
+r"""Gauss-Newton: any program's likelihood as a quadratic in the space of its few measured values.
 
 With r(x_0) = Sigma^(-1/2) (y - h(x_0)) the whitened residual of all observed sites, h the mean of the measurement and
-Sigma its covariance held at m = x0_hat, Gauss-Newton gives
+Sigma its covariance held where the program is expanded, at x_0 = a,
 
-    log p(y given x_0)  ~  l + g^T d - d^T J d / 2,      d = x_0 - m,   H = -dr/dx_0,   g = H^T r(m),   J = H^T H,
+    log p(y given x_0)  ~  l + g^T d - d^T J d / 2,      d = x_0 - a,   H = -dr/dx_0,   g = H^T r(a),   J = H^T H,
 
-exact where the noise is Gaussian and h is linear. Under x_0 ~ N(m, C) everything that the locally optimal proposal
-needs is then in closed form, with P = (C^-1 + J)^-1:
+exact where the noise is Gaussian and h is linear. Few rows of H can be written out, and then, of x_0 ~ N(m, C),
 
-    log of the integral of the quadratic     l + g^T P g / 2 - log det(I + C J) / 2
-    x_0 given y                              N(m + P g, P)
+    log of the integral     l + |r(a)|^2 / 2 + log N(r(a) - H (m - a); 0, I + H C H^T) + const
+    x_0 given y             by Matheron's rule: m + u + C H^T (I + H C H^T)^-1 (r(a) - H (m - a) - H u - e),
+                            u ~ N(0, C),  e ~ N(0, I)
 
-Three classes do this: in coordinates where C and J are both diagonal; in the space of few measured values, where
-P = C - C H^T (I + H C H^T)^-1 H C; and by conjugate gradients, for pictures whose C and J have no basis in common.
+for C of any form, all latents together.
 
 References:
-    M. Pitt, N. Shephard, "Filtering via Simulation: Auxiliary Particle Filters" (1999): the fully adapted filter.
-    G. Papandreou, A. Yuille, "Gaussian Sampling by Local Perturbations" (2010): draws by perturbing and solving.
+    H. Rue, S. Martino, N. Chopin, "Approximate Bayesian inference for latent Gaussian models by using integrated nested
+    Laplace approximations" (2009): a Gaussian about the conditioned mode, found by repeated expansion.
+    J. Wilson, V. Borovitskiy, A. Terenin, P. Mostowsky, M. Deisenroth, "Pathwise Conditioning of Gaussian Processes"
+    (2020), arXiv 2011.04026: draws by Matheron's rule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal
+from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal
 
-from smcdiff.diffusion.covariance import Covariance, Diagonal
 from smcdiff.guidance.program import Program
+from smcdiff.guidance.quadratic import Covariances, Noise, States
+from smcdiff.guidance.singular import per_program
 from smcdiff.measurement.noise import gaussian_moments, poisson_moments
-from smcdiff.transforms import Basis
 
-__all__ = [
-    "Conditioned",
-    "DiagonalInformation",
-    "FewMeasurements",
-    "Information",
-    "few_measurements",
-    "whitened_residual",
-]
-
-States = dict[str, Tensor]
-
-
-class Conditioned(Protocol):
-    """x_0 ~ N(m, C) of m particles, and what the measurement makes of it."""
-
-    def log_integral(self) -> Tensor:
-        """log of the integral of N(x_0; m, C) exp(l + g^T d - d^T J d / 2) over x_0, (m,) of float64."""
-
-    def draw(self, noise: Any) -> States:
-        """x_0 given y, {site: (m, *shape)}; ``noise`` makes standard normal numbers of a shape."""
-
-
-class Information(Protocol):
-    """The quadratic of m particles, about their estimates."""
-
-    def condition(self, mean: States, covariance: dict[str, Covariance]) -> Conditioned:
-        """The quadratic under N(mean, covariance), where ``mean`` need not be where it was expanded."""
-
-
-@dataclass(frozen=True, eq=False)
-class DiagonalInformation:
-    """One latent with C and J diagonal in one basis: everything elementwise.
-
-    Args:
-        site: the latent.
-        at: m, where the quadratic is expanded, (m, *shape).
-        value: l, (m,) of float64.
-        gradient: g, (m, *shape).
-        precision: J's coordinates, (m or 1, *shape) or broadcastable to it.
-        basis: of the coordinates.
-    """
-
-    site: str
-    at: Tensor
-    value: Tensor
-    gradient: Tensor
-    precision: Tensor
-    basis: Basis
-
-    def condition(self, mean: States, covariance: dict[str, Covariance]) -> _DiagonalConditioned:
-        c = covariance[self.site]
-        assert isinstance(c, Diagonal)
-        away = mean[self.site] - self.at
-        slope = self.basis.to_spectral(self.gradient)
-        d = self.basis.to_spectral(away)
-        value = self.value + _dot(slope - 0.5 * self.precision * d, d)
-        return _DiagonalConditioned(
-            self.site, mean[self.site], c.variance, value, slope - self.precision * d, self.precision, self.basis
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _DiagonalConditioned:
-    site: str
-    mean: Tensor
-    variance: Tensor
-    value: Tensor
-    slope: Tensor  # g at the mean, in coordinates
-    precision: Tensor
-    basis: Basis
-
-    @property
-    def spread(self) -> Tensor:
-        """P = C / (1 + C J), in coordinates."""
-        return self.variance / (1 + self.variance * self.precision)
-
-    def log_integral(self) -> Tensor:
-        gained = self.slope.square() * self.spread - torch.log1p(self.variance * self.precision)
-        return self.value + 0.5 * gained.flatten(1).sum(1, dtype=torch.float64)
-
-    def draw(self, noise: Any) -> States:
-        fresh = self.spread.sqrt() * noise(self.mean.shape)
-        return {self.site: self.mean + self.basis.from_spectral(self.spread * self.slope + fresh)}
+__all__ = ["FewMeasurements", "check_laws", "few_measurements", "whitened", "whitened_residual"]
 
 
 @dataclass(frozen=True, eq=False)
 class FewMeasurements:
-    """Any number of latents, any covariances, and few enough measured values to write H out.
+    """The quadratic of any program, with H written out. Its linear algebra is float64.
 
     Args:
-        at: {site: m}, where the quadratic is expanded.
-        constant: l + r^T r / 2, (m,) of float64.
-        residual: r, (m, values).
+        at: {site: a}, where it is expanded, of the latents that move.
+        constant: l + |r(a)|^2 / 2, (m,) of float64.
+        residual: r(a), (m, values) of float64.
         rows: {site: H}, (m, values, *shape).
     """
 
@@ -134,103 +54,127 @@ class FewMeasurements:
     residual: Tensor
     rows: States
 
-    def condition(self, mean: States, covariance: dict[str, Covariance]) -> _FewConditioned:
-        residual = self.residual
-        for name, h in self.rows.items():
-            residual = residual - (h.flatten(2) @ (mean[name] - self.at[name]).flatten(1)[..., None])[..., 0]
-        spread = {}  # C H^T, (m, values, *shape)
+    @property
+    def expanded_at(self) -> States:
+        return self.at
+
+    def condition(self, mean: States, covariance: Covariances) -> _FewConditioned:
+        residual, spread = self.residual, {}
         inner = torch.eye(residual.shape[1], dtype=residual.dtype, device=residual.device)
         for name, h in self.rows.items():
-            columns = [covariance[name].apply(h[:, i]) for i in range(h.shape[1])]
-            spread[name] = torch.stack(columns, 1)
-            inner = inner + h.flatten(2) @ spread[name].flatten(2).mT
+            residual = residual - _times(h, mean[name] - self.at[name])
+            columns = torch.stack([covariance[name].apply(h[:, i]) for i in range(h.shape[1])], 1)
+            spread[name] = _flat(columns)  # C H^T, (m, values, d)
+            inner = inner + _flat(h) @ spread[name].mT
         lower = torch.linalg.cholesky_ex(0.5 * (inner + inner.mT))[0]
         return _FewConditioned(mean, covariance, self.constant, residual, self.rows, spread, lower)
 
 
 @dataclass(frozen=True, eq=False)
 class _FewConditioned:
-    mean: States
-    covariance: dict[str, Covariance]
+    centre: States  # m
+    covariance: Covariances
     constant: Tensor
-    residual: Tensor
+    residual: Tensor  # r at m
     rows: States
     spread: States
     lower: Tensor  # of I + H C H^T
 
     def log_integral(self) -> Tensor:
-        white = torch.linalg.solve_triangular(self.lower, self.residual[..., None], upper=False)[..., 0].double()
-        log_det = self.lower.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
-        return self.constant - 0.5 * white.square().sum(-1) - log_det
+        white = torch.linalg.solve_triangular(self.lower, self.residual[..., None], upper=False)[..., 0]
+        return self.constant - 0.5 * white.square().sum(-1) - self.lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
-    def draw(self, noise: Any) -> States:
-        # Matheron's rule: a draw of x_0 and of y's noise, moved by what they miss of the measurement
-        fresh = {name: c.draw(noise(self.mean[name].shape)) for name, c in self.covariance.items()}
+    def mean(self) -> States:
+        return self._moved(self.residual, self.centre)
+
+    def draw(self, noise: Noise) -> States:
+        fresh = {name: c.draw(noise(self.centre[name].shape)) for name, c in self.covariance.items()}
         missing = self.residual - noise(self.residual.shape)
         for name, h in self.rows.items():
-            missing = missing - (h.flatten(2) @ fresh[name].flatten(1)[..., None])[..., 0]
+            missing = missing - _times(h, fresh[name])
+        return self._moved(missing, {name: self.centre[name] + fresh[name] for name in fresh})
+
+    def _moved(self, missing: Tensor, states: States) -> States:
+        """states + C H^T (I + H C H^T)^-1 missing."""
         weight = torch.cholesky_solve(missing[..., None], self.lower)
         return {
-            name: self.mean[name]
-            + fresh[name]
-            + (self.spread[name].flatten(2).mT @ weight)[..., 0].reshape(fresh[name].shape)
-            for name in self.mean
+            name: state + (self.spread[name].mT @ weight)[..., 0].reshape(state.shape).to(state.dtype)
+            for name, state in states.items()
         }
 
 
-def few_measurements(program: Program, at: States, who: str) -> FewMeasurements:
-    """The quadratic of a program about ``at``, with H written out: one product back per measured value."""
-    free = {name: value for name, value in at.items() if name not in program.held}
-    fixed = {name: value for name, value in at.items() if name in program.held}
+def few_measurements(program: Program, at: States, held: States) -> FewMeasurements:
+    """The quadratic of a program about ``at``, H by one product back per measured value.
 
-    def residual_of(moving: States, still: States, reference: States) -> Tensor:
-        return whitened_residual(program, {**moving, **still}, {**reference, **still}, who)
-
-    residual = torch.func.vmap(residual_of)(free, fixed, free)
-    jacobian = torch.func.vmap(torch.func.jacrev(residual_of))(free, fixed, free)
-    constant = program.log_prob(at) + 0.5 * residual.double().square().sum(1)
-    return FewMeasurements(free, constant, residual, {name: -rows for name, rows in jacobian.items()})
-
-
-def whitened_residual(program: Program, state: States, reference: States, who: str) -> Tensor:
-    """r of one particle: Sigma(reference)^(-1/2) (y - h(state)), all observed sites in a row.
-
-    Raises:
-        TypeError: for a law without independent entries or a known covariance.
+    Args:
+        at: of the latents that move, {site: (m, *shape)}.
+        held: of those that do not.
     """
 
-    def moments(name: str, fn: Distribution, value: Tensor) -> Tensor:
-        base: Any = fn
-        while isinstance(base, Independent):
-            base = base.base_dist
-        if isinstance(base, MultivariateNormal):
-            return base.loc.flatten()
-        known = gaussian_moments(fn) or poisson_moments(fn)
-        loc = base.mean if known is None else known.loc
-        return loc.expand(value.shape).flatten()
+    def residual_of(moving: States, still: States) -> tuple[Tensor, Tensor]:
+        residual = whitened_residual(program, {**moving, **still})
+        return residual, residual
 
-    def whiten(name: str, fn: Distribution, value: Tensor) -> Tensor:
-        base: Any = fn
-        while isinstance(base, Independent):
-            base = base.base_dist
-        if isinstance(base, MultivariateNormal):
-            return base.scale_tril
-        known = gaussian_moments(fn) or poisson_moments(fn)
-        variance = base.variance if known is None else known.variance
-        return variance.expand(value.shape).flatten().rsqrt()
-
-    means = program.scores(state, moments)
-    scales = program.scores(reference, whiten)
-    rows = []
-    for name, (mean, _) in means.items():
-        scale, weigh = scales[name]
-        missing = program.observed[name].flatten() - mean
-        if scale.ndim == 2 and scale.shape[0] == scale.shape[1] == len(missing):
-            rows.append(torch.linalg.solve_triangular(scale, missing[:, None], upper=False)[:, 0])
-        else:
-            rows.append(missing * scale * weigh(torch.ones_like(program.observed[name])).flatten().sqrt())
-    return torch.cat(rows)
+    at = {name: value.detach() for name, value in at.items()}
+    jacobian, residual = torch.func.vmap(torch.func.jacrev(residual_of, has_aux=True))(at, held)
+    constant = program.log_prob({**at, **held}) + 0.5 * residual.double().square().sum(1)
+    return FewMeasurements(at, constant, residual.double(), {name: -rows for name, rows in jacobian.items()})
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1, dtype=torch.float64)
+def whitened_residual(program: Program, state: States) -> Tensor:
+    """r of one particle, all observed sites in a row; derivatives take Sigma for a constant.
+
+    Args:
+        state: {site: (*shape)}, of all latents.
+    """
+    rows = program.scores(state, whitened).values()
+    return torch.cat([(raw * weigh(torch.ones_like(raw)).sqrt()).flatten() for raw, weigh in rows])
+
+
+@per_program
+def check_laws(program: Program, who: str) -> None:
+    """Refuse laws without a mean and a variance.
+
+    Raises:
+        TypeError: naming the site and the remedy.
+    """
+    for name, law in program.probe.laws.items():
+        value = program.observed[name]
+        try:
+            finite = bool(torch.isfinite(whitened(name, law, value)).all())
+        except (AttributeError, NotImplementedError):
+            finite = False
+        if not finite:
+            raise TypeError(
+                f"{who} conditions on a measurement by its mean and variance, and the observed site {name!r} has the "
+                f"law {type(law).__name__} without them; use sd.TDS with sd.PointTwist(), which takes any likelihood"
+            )
+
+
+def whitened(name: str, fn: Distribution, value: Tensor) -> Tensor:
+    """Sigma^(-1/2) (y - h), of the shape of y; nothing flows back through Sigma."""
+    if value.numel() == 0:  # a factor: a likelihood that measures nothing
+        return value
+    if isinstance(fn, Independent):
+        return whitened(name, fn.base_dist, value)
+    if isinstance(fn, MaskedDistribution):
+        seen = torch.as_tensor(fn._mask, device=value.device).expand(fn.batch_shape)
+        seen = seen[(..., *(None,) * len(fn.event_shape))]
+        return torch.where(seen, whitened(name, fn.base_dist, value), 0.0)
+    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+        missing = (value - fn.loc)[..., None]
+        return torch.linalg.solve_triangular(fn.scale_tril.detach(), missing, upper=False)[..., 0]
+    law: Any = fn
+    known = gaussian_moments(fn) or poisson_moments(fn)
+    loc, variance = (law.mean, law.variance) if known is None else (known.loc, known.variance)
+    return (value - loc) * variance.detach().rsqrt()
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(m, values, *shape) as (m, values, d) of float64."""
+    return rows.reshape(*rows.shape[:2], -1).double()
+
+
+def _times(h: Tensor, x: Tensor) -> Tensor:
+    """H x, (m, values)."""
+    return (_flat(h) @ x.reshape(len(x), -1, 1).double())[..., 0]

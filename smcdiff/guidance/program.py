@@ -168,6 +168,16 @@ class Program:
                     f"{ {n: tuple(known.chain.shape) for n, known in self.latents.items() if not known.is_diffusion} }"
                 )
 
+    @property
+    def probe_states(self) -> dict[str, Tensor]:
+        """Chain states of one particle to run the program at: the probe's pictures, other latents' medians."""
+        return {
+            name: self.probe.values[name].to(self.dtype)
+            if latent.is_diffusion
+            else torch.zeros(latent.chain.shape, dtype=self.dtype, device=self.device)
+            for name, latent in self.latents.items()
+        }
+
     def log_prob(self, states: dict[str, Tensor], score: Score = pointwise_log_prob) -> Tensor:
         """log p(y given latents), shape (m,) of float64, or the sum of another ``score`` over the observed sites.
 

@@ -39,14 +39,20 @@ class GuidedProposal:
         return log_psi
 
     def q(self, step: SiteStep) -> Gaussian:
-        if step.p.variance is None or step.gradient is None:
-            return step.p
-        deviation = step.p.variance.sqrt() * step.gradient  # the shift in standard deviations of p
+        p = step.p
+        if not isinstance(p, Gaussian):
+            raise TypeError(
+                f"sd.TDS got the step covariance of the latent {step.name!r} as a {type(p.covariance).__name__} "
+                'matrix; it takes independent coordinates. Use sd.Adapted, or a prior with variance="optimal" or "posterior"'
+            )
+        if p.variance is None or step.gradient is None:
+            return p
+        deviation = p.variance.sqrt() * p.basis.to_spectral(step.gradient)  # the shift in standard deviations of p
         if self.max_shift is not None:
             size = deviation.reshape(len(deviation), -1).square().mean(1).sqrt()
             size = size.reshape(-1, *(1,) * (deviation.ndim - 1))
             deviation = deviation * (self.max_shift / size.clamp(min=self.max_shift))
-        return Gaussian(step.p.mean + step.p.variance.sqrt() * deviation, step.p.variance)
+        return Gaussian(p.mean + p.basis.from_spectral(p.variance.sqrt() * deviation), p.variance, p.basis)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,10 @@ class TwistedModel:
             steps[name] = SiteStep(self.program, name, k, step, x_t, estimate, p, here.get("gradient"), own)
         proposal = self.method.proposal
         if isinstance(proposal, JointProposal):
-            return WithHeld(proposal.transition(steps), IndependentTransition(laws))
+            kept = {key: v.flatten(0, 1) for key, v in particles.items() if key.startswith(_CARRIED)}
+            carried = {key[len(_CARRIED) :]: value for key, value in kept.items()}
+            held = {name: particles[name].flatten(0, 1) for name in laws}
+            return WithHeld(proposal.transition(steps, held, carried), IndependentTransition(laws))
         for name, step in steps.items():
             p, q = step.p, proposal.q(step)
             if isinstance(q, Gaussian) and q.variance is None and q is not p:
@@ -196,13 +199,18 @@ class TwistedModel:
                 gradients = dict(zip(x, found, strict=True))
                 self._spent_graph = objective
         own: dict[str, Estimate] = {}
-        if isinstance(proposal, InformedProposal):
-            with torch.no_grad():
+        remembered: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if isinstance(proposal, InformedProposal):
                 own = proposal.inform(prediction)
+            if isinstance(proposal, JointProposal):
+                remembered = proposal.carry(prediction)
         diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())  # these have networks
-        self.evaluations.forward += (diffusion + len(own)) * len(log_psi)
+        extra = proposal.extra_passes if isinstance(proposal, JointProposal) else len(own)
+        self.evaluations.forward += (diffusion + extra) * len(log_psi)
         self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
         carried: Particles = {"log_psi": log_psi.detach()}
+        carried |= {f"{_CARRIED}{key}": tensor.detach() for key, tensor in remembered.items()}
         for name, value in x.items():
             estimate = estimates[name]
             carried[name] = value.detach()
@@ -224,6 +232,8 @@ class TwistedModel:
 
 #: Before the names of what a covariance model keeps of a particle, and of what a proposal's own denoiser said.
 _OF_COVARIANCE, _OWN = "covariance/", "own/"
+#: Before the names of what a joint proposal keeps of a particle; no site has this name.
+_CARRIED = "(proposal)/"
 
 
 def _faults(particles: Particles) -> dict[str, Tensor]:

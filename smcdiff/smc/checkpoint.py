@@ -25,7 +25,17 @@ from torch import Tensor
 from smcdiff.smc.records import History, stack, unstack
 from smcdiff.smc.state import FilterState
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointWarning", "Keeper", "digest", "load", "save"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWarning",
+    "Keeper",
+    "Watch",
+    "digest",
+    "load",
+    "save",
+    "versions",
+]
 
 _FORMAT = 1
 
@@ -67,6 +77,35 @@ class Checkpoint:
             )
 
 
+class Watch:
+    """Says when a checkpoint is due: for the first and the last state of a run, and as often as was asked for.
+
+    Args:
+        checkpoint: how often.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._written = time.monotonic()
+        #: Whether this run has kept a state already.
+        self.kept_once = False
+
+    def due(self, state: FilterState) -> bool:
+        """Whether to write now."""
+        seconds, steps = self._checkpoint.every_seconds, self._checkpoint.every_steps
+        return (
+            not self.kept_once
+            or state.step == state.num_steps
+            or (steps is not None and state.step % steps == 0)
+            or (seconds is not None and time.monotonic() - self._written >= seconds)
+        )
+
+    def kept(self) -> None:
+        """A state was kept, or could not be and the next try is to come as late as if it had."""
+        self.kept_once = True
+        self._written = time.monotonic()
+
+
 class Keeper:
     """Writes the checkpoints of one run when they are due, and finds the one to start from.
 
@@ -76,11 +115,9 @@ class Keeper:
     """
 
     def __init__(self, checkpoint: Checkpoint, numbers: Mapping[str, str]) -> None:
-        self._checkpoint = checkpoint
         self._path = Path(checkpoint.path)
-        self._identity = {**checkpoint.identity, **numbers, **_versions()}
-        self._written = time.monotonic()
-        self._kept_once = False
+        self._identity = {**checkpoint.identity, **numbers, **versions()}
+        self._watch = Watch(checkpoint)
 
     def start(self, device: torch.device) -> FilterState | None:
         """The state to go on from, or None where there is no checkpoint.
@@ -91,14 +128,8 @@ class Keeper:
         return load(self._path, self._identity, device) if self._path.exists() else None
 
     def due(self, state: FilterState) -> bool:
-        """Whether to write now: for the first and the last state of a run, and as often as was asked for."""
-        seconds, steps = self._checkpoint.every_seconds, self._checkpoint.every_steps
-        return (
-            not self._kept_once
-            or state.step == state.num_steps
-            or (steps is not None and state.step % steps == 0)
-            or (seconds is not None and time.monotonic() - self._written >= seconds)
-        )
+        """Whether to write now."""
+        return self._watch.due(state)
 
     def keep(self, state: FilterState) -> None:
         """Write the state. What fails on the first write is an error, before much work is done; later a warning.
@@ -109,11 +140,10 @@ class Keeper:
         try:
             save(self._path, state, self._identity)
         except CheckpointError as error:
-            if not self._kept_once:
+            if not self._watch.kept_once:
                 raise
             warnings.warn(f"{error}; the run goes on", CheckpointWarning, stacklevel=3)
-        self._kept_once = True
-        self._written = time.monotonic()
+        self._watch.kept()
 
 
 def save(path: Path | str, state: FilterState, identity: Mapping[str, str]) -> None:
@@ -182,7 +212,8 @@ def digest(*parts: Tensor | str | bytes) -> str:
     return sha.hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Which smcdiff and which torch this is, for the identity of a checkpoint."""
     try:
         version = metadata.version("smcdiff")
     except metadata.PackageNotFoundError:

@@ -17,7 +17,6 @@ hold the step in the other one, so that whenever the run is killed there is a st
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,9 @@ import torch
 from torch import Tensor
 
 from smcdiff.smc import faults
-from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, _versions, load, save
+from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, Watch, load, save, versions
 from smcdiff.smc.feynman_kac import FeynmanKac, Particles
+from smcdiff.smc.numbers import Numbers, look_every
 from smcdiff.smc.particle_filter import FilterResult, ParticleFilter
 from smcdiff.smc.ranks import Ranks
 from smcdiff.smc.records import History, Records, stack
@@ -37,9 +37,6 @@ from smcdiff.smc.state import FilterState
 from smcdiff.smc.weights import log_mean_exp, normalise
 
 __all__ = ["ChainsOverRanks", "ChainsResult", "ParticlesOverRanks", "ParticlesResult"]
-
-#: How often in a run the ranks see that all are well; every meeting waits for the device once.
-_MEETINGS = 50
 
 Progress = Callable[[FilterState], None]
 
@@ -136,11 +133,11 @@ class ChainsOverRanks:
             RankError: if another rank failed, died or did not answer in time.
             ValueError: for numbers out of range.
         """
-        records = Records() if records is None else records
-        words = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
-        words["spread over ranks"] = "chains"
+        numbers = Numbers(num_particles, num_chains, seed, records)
+        words = {**numbers.words(feynman_kac, self.filter), "spread over ranks": "chains"}
         with Ranks.open(self.time_limit, feynman_kac.device) as ranks:
-            b = _begin(words, num_chains, "num_chains", seed, ranks)
+            _begin(words, numbers, feynman_kac, "num_chains", num_chains, ranks)
+            b = num_chains // ranks.count
             own = derive_seed(seed, f"rank {ranks.rank}")
             saver, start = None, None
             if checkpoint is not None:
@@ -152,13 +149,7 @@ class ChainsOverRanks:
             state = _drive(states, start, feynman_kac, ranks, saver, _Views(), progress)
             return ChainsResult(
                 rank=ranks.rank,
-                local=FilterResult(
-                    particles=state.particles,
-                    log_w=state.log_w,
-                    log_z=state.log_z,
-                    records=stack(state.history, b, num_particles),
-                    settings=self.filter,
-                ),
+                local=FilterResult.of(state, self.filter),
                 log_z=ranks.gather(state.log_z).flatten(),
             )
 
@@ -207,18 +198,18 @@ class ParticlesOverRanks:
             RankError: if another rank failed, died, did not answer in time or computed other weights.
             ValueError: for numbers out of range, or summaries in ``records``.
         """
-        records = Records() if records is None else records
-        if records.summaries:
+        numbers = Numbers(num_particles, num_chains, seed, records)
+        summaries = sorted(numbers.kept.summaries)
+        if summaries:
             raise ValueError(
-                f"got the summaries {sorted(records.summaries)}; a rank sees its own particles alone, so summaries of "
-                "a step are not kept when particles are sharded: use progress, or ChainsOverRanks"
+                f"got the summaries {summaries}; a rank sees its own particles alone, so summaries of a step are not "
+                "kept when particles are sharded: use progress, or ChainsOverRanks"
             )
-        words = self.filter._identity(feynman_kac, num_particles, num_chains, seed, records)
-        words["spread over ranks"] = "particles"
+        words = {**numbers.words(feynman_kac, self.filter), "spread over ranks": "particles"}
         with Ranks.open(self.time_limit, feynman_kac.device) as ranks:
-            _begin(words, num_particles, "num_particles", seed, ranks)
+            _begin(words, numbers, feynman_kac, "num_particles", num_particles, ranks)
             shards = Shards(feynman_kac, ranks, seed)
-            records = replace(records, summaries={"moved": lambda state: shards.moved})
+            records = replace(numbers.kept, summaries={"moved": lambda state: shards.moved})
             saver, start = None, None
             if checkpoint is not None:
                 saver = _Saver(checkpoint, words, ranks)
@@ -266,7 +257,7 @@ def _drive(
     progress: Progress | None,
 ) -> FilterState:
     """Take the states to the last one; at a meeting the ranks see that all are well before they go on."""
-    every = -(-feynman_kac.num_steps // _MEETINGS) or 1
+    every = look_every(feynman_kac.num_steps)
     state = start
     for state in states:
         due = saver is not None and saver.due(state)
@@ -294,13 +285,12 @@ class _Saver:
     """One rank's checkpoints, in step with those of the others."""
 
     def __init__(self, checkpoint: Checkpoint, words: Mapping[str, str], ranks: Ranks) -> None:
-        self._checkpoint, self._ranks = checkpoint, ranks
-        self._identity = {**checkpoint.identity, **words, **_versions(), "rank": f"{ranks.rank} of {ranks.count}"}
+        self._by_clock, self._ranks = checkpoint.every_seconds is not None, ranks
+        self._watch = Watch(checkpoint)
+        self._identity = {**checkpoint.identity, **words, **versions(), "rank": f"{ranks.rank} of {ranks.count}"}
         path = Path(checkpoint.path)
         self._paths = [path.with_name(f"{path.stem}.rank{ranks.rank}.{letter}{path.suffix}") for letter in "ab"]
         self._next = 0
-        self._written = time.monotonic()
-        self._kept_once = False
 
     def start(self, device: torch.device) -> FilterState | None:
         """The latest state that all ranks have, or None where the run is to begin."""
@@ -326,15 +316,9 @@ class _Saver:
         )
 
     def due(self, state: FilterState) -> bool:
-        """Whether to write now, as rank 0 decides: the first state, the last, and as often as was asked for."""
-        seconds, steps = self._checkpoint.every_seconds, self._checkpoint.every_steps
-        due = (
-            not self._kept_once
-            or state.step == state.num_steps
-            or (steps is not None and state.step % steps == 0)
-            or (seconds is not None and time.monotonic() - self._written >= seconds)
-        )
-        return due if seconds is None else bool(self._ranks.gather(torch.tensor(due, dtype=torch.uint8))[0])
+        """Whether to write now; by the clock, as rank 0's says."""
+        due = self._watch.due(state)
+        return bool(self._ranks.gather(torch.tensor(due, dtype=torch.uint8))[0]) if self._by_clock else due
 
     def keep(self, state: FilterState) -> None:
         """Write the state. If a rank cannot, its first write is an error and a later one a warning on that rank."""
@@ -343,21 +327,20 @@ class _Saver:
             save(self._paths[self._next], state, self._identity)
         except CheckpointError as cause:
             error = cause
-        if not self._kept_once:
+        if not self._watch.kept_once:
             self._ranks.settle(error)
         elif error is not None:
             warnings.warn(f"{error}; the run goes on", CheckpointWarning, stacklevel=3)
         if not self._ranks.gather(torch.tensor(error is not None, dtype=torch.uint8)).any():
             self._next = 1 - self._next
-        self._kept_once = True
-        self._written = time.monotonic()
+        self._watch.kept()
 
 
-def _begin(words: Mapping[str, str], number: int, name: str, seed: int, ranks: Ranks) -> int:
-    """See that all ranks begin the same run; this rank's part of the number that is spread over them."""
+def _begin(
+    words: Mapping[str, str], numbers: Numbers, feynman_kac: FeynmanKac, name: str, spread: int, ranks: Ranks
+) -> None:
+    """See that all ranks begin the same run, and that the number that is spread over them is a multiple of theirs."""
     ranks.agree(torch.tensor(derive_seed(0, str(sorted(words.items())))), "runs or arguments")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"got seed = {seed!r}; expected an integer of at least 0")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or number % ranks.count:
-        raise ValueError(f"got {name} = {number!r} on {ranks.count} ranks; expected a positive multiple of the ranks")
-    return number // ranks.count
+    numbers.check(feynman_kac)
+    if spread % ranks.count:
+        raise ValueError(f"got {name} = {spread!r} on {ranks.count} ranks; expected a positive multiple of the ranks")

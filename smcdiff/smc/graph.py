@@ -60,6 +60,7 @@ class Capture:
     def __init__(self, *, homogeneous: bool = False) -> None:
         self.homogeneous = homogeneous
         self._bound: tuple[FeynmanKac, object] | None = None
+        #: What the graphs draw from; it takes the state of the run's own generator before a step and gives it back.
         self._generator: torch.Generator | None = None
         self._visited: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
@@ -74,8 +75,8 @@ class Capture:
         """How many steps have been captured."""
         return len(self._graphs)
 
-    def bind(self, feynman_kac: FeynmanKac, settings: object) -> torch.Generator:
-        """The generator that the graphs draw from; see that they are of this model and these settings.
+    def bind(self, feynman_kac: FeynmanKac, settings: object) -> None:
+        """See that the graphs are of this model and these settings.
 
         Raises:
             ValueError: for a model that is not on a CUDA device, or another model or filter than before.
@@ -94,14 +95,10 @@ class Capture:
                 "got a capture that holds the graphs of another model or filter; a graph repeats what it was captured "
                 "with, so give each model object and filter a Capture of its own"
             )
-        assert self._generator is not None
-        return self._generator
 
     def __call__(self, steps: Steps, state: FilterState, generator: torch.Generator) -> Advanced:
         """One step, in the manner of :class:`~smcdiff.smc.steps.Advance`."""
         i, inputs = state.step + 1, _tensors(state)
-        if state.log_w is not self._held:  # a run that is taken up or that takes turns with another one
-            generator.set_state(state.generator_state)
         key = (None if self.homogeneous else i, tuple((n, v.shape, v.dtype) for n, v in inputs.items()))
         if key not in self._visited:
             self._visited.add(key)
@@ -110,31 +107,31 @@ class Capture:
             for name, value in {**inputs, **_tensors(after)}.items():
                 self._buffers.setdefault((name, value.shape, value.dtype), torch.empty_like(value))
             return after
-        assert self._at is not None
+        assert self._at is not None and self._generator is not None
+        self._generator.set_state(generator.get_state())
         with torch.cuda.device(self._at.device):
             if state.log_w is not self._held:
                 for name, value in inputs.items():
                     self._buffer(name, value).copy_(value)
             if key not in self._graphs:
-                self._graphs[key] = self._captured(steps, state, inputs, generator)
+                self._graphs[key] = self._captured(steps, state, inputs)
             graph = self._graphs[key]
             self._at.fill_(i)
             graph.graph.replay()
             after = _advanced({name: self._buffers[buffer].clone() for name, buffer in graph.outputs.items()})
+        generator.set_state(self._generator.get_state())
         self._held = after.log_w
         return after
 
-    def _captured(
-        self, steps: Steps, state: FilterState, inputs: Mapping[str, Tensor], generator: torch.Generator
-    ) -> _Graph:
+    def _captured(self, steps: Steps, state: FilterState, inputs: Mapping[str, Tensor]) -> _Graph:
         """The graph of a step from the buffers to the buffers; nothing is computed yet."""
-        assert self._at is not None
+        assert self._at is not None and self._generator is not None
         static = _with_tensors(state, {name: self._buffer(name, value) for name, value in inputs.items()})
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
+        graph.register_generator_state(self._generator)
         try:
             with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]
-                outputs = _tensors(steps.advance(static, self._at, generator))
+                outputs = _tensors(steps.advance(static, self._at, self._generator))
                 taken = {value.untyped_storage().data_ptr() for value in self._buffers.values()}
                 # what a buffer holds must be read before any of them is written
                 values = {

@@ -31,6 +31,7 @@ from smcdiff.smc import faults
 from smcdiff.smc.checkpoint import Checkpoint, Keeper
 from smcdiff.smc.feynman_kac import FeynmanKac, Particles
 from smcdiff.smc.graph import Capture
+from smcdiff.smc.numbers import Numbers, look_every
 from smcdiff.smc.records import History, Records, stack
 from smcdiff.smc.resampling import Resampler, Systematic
 from smcdiff.smc.state import FilterState
@@ -38,9 +39,6 @@ from smcdiff.smc.steps import Steps
 from smcdiff.smc.weights import log_mean_exp, normalise
 
 __all__ = ["FilterResult", "ParticleFilter"]
-
-#: How often at most a run's progress is read; every reading waits for the device once.
-_READINGS = 50
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,12 @@ class FilterResult:
     log_z: Tensor
     records: History
     settings: ParticleFilter
+
+    @classmethod
+    def of(cls, state: FilterState, settings: ParticleFilter) -> FilterResult:
+        """What a run leaves whose last state this is."""
+        records = stack(state.history, state.num_chains, state.num_particles)
+        return cls(state.particles, state.log_w, state.log_z, records, settings)
 
     @property
     def w(self) -> Tensor:
@@ -125,14 +129,14 @@ class ParticleFilter:
             FilterError: if a chain had a fault, naming step, chains and remedy.
             ValueError: for numbers out of range, a move of wrong shape, or a start or a capture that does not fit.
         """
-        records = Records() if records is None else records
         keeper = None
         if checkpoint is not None:
             if start is not None:
                 raise ValueError("got a start and a checkpoint; give one of them")
-            keeper = Keeper(checkpoint, self._identity(feynman_kac, num_particles, num_chains, seed, records))
+            numbers = Numbers(num_particles, num_chains, seed, records)
+            keeper = Keeper(checkpoint, numbers.words(feynman_kac, self))
             start = keeper.start(feynman_kac.device)
-        every = -(-feynman_kac.num_steps // _READINGS) or 1
+        every = look_every(feynman_kac.num_steps)
         state = start
         for state in self.iterate(
             feynman_kac,
@@ -151,13 +155,7 @@ class ParticleFilter:
                 keeper.keep(state)
         assert state is not None
         faults.check(state, feynman_kac)
-        return FilterResult(
-            particles=state.particles,
-            log_w=state.log_w,
-            log_z=state.log_z,
-            records=stack(state.history, num_chains, num_particles),
-            settings=self,
-        )
+        return FilterResult.of(state, self)
 
     def iterate(
         self,
@@ -175,54 +173,31 @@ class ParticleFilter:
         Faults are kept in the states and not raised: see :func:`smcdiff.smc.faults.check`. Arguments as for
         :meth:`run`.
         """
-        _check_numbers(feynman_kac, num_particles, num_chains, seed)
-        records = Records() if records is None else records
+        numbers = Numbers(num_particles, num_chains, seed, records)
+        numbers.check(feynman_kac)
         if start is not None:
-            _check_start(start, feynman_kac, records, num_particles, num_chains)
-        device = feynman_kac.device
-        generator = torch.Generator(device=device) if capture is None else capture.bind(feynman_kac, self)
+            _check_start(start, feynman_kac, numbers)
+        if capture is not None:
+            capture.bind(feynman_kac, self)
+        generator = torch.Generator(device=feynman_kac.device)
         generator.manual_seed(seed)
-        steps = Steps(feynman_kac, lambda state, g: self.resampler(state.w, g), self.ess_threshold, records, capture)
+
+        def draw(state: FilterState, generator: torch.Generator) -> Tensor:
+            return self.resampler(state.w, generator)
+
+        steps = Steps(feynman_kac, draw, self.ess_threshold, numbers.kept, capture)
         return steps.iterate(num_chains, num_particles, generator, start)
 
-    def _identity(
-        self, feynman_kac: FeynmanKac, num_particles: int, num_chains: int, seed: int, records: Records
-    ) -> dict[str, str]:
-        """What a checkpoint must have in common with a run of this filter, besides its caller's words."""
-        return {
-            "filter": repr(self),
-            "model": f"{type(feynman_kac).__module__}.{type(feynman_kac).__qualname__}",
-            "steps": str(feynman_kac.num_steps),
-            "device": feynman_kac.device.type,
-            "particles": str(num_particles),
-            "chains": str(num_chains),
-            "seed": str(seed),
-            "records": f"ancestors {records.ancestors}, log_weights {records.log_weights}, {sorted(records.summaries)}",
-        }
 
-
-def _check_numbers(feynman_kac: FeynmanKac, num_particles: int, num_chains: int, seed: int) -> None:
-    for name, value, least in (
-        ("num_particles", num_particles, 1),
-        ("num_chains", num_chains, 1),
-        ("seed", seed, 0),
-        ("num_steps of the Feynman-Kac model", feynman_kac.num_steps, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"got {name} = {value!r}; expected an integer of at least {least}")
-
-
-def _check_start(
-    start: FilterState, feynman_kac: FeynmanKac, records: Records, num_particles: int, num_chains: int
-) -> None:
+def _check_start(start: FilterState, feynman_kac: FeynmanKac, numbers: Numbers) -> None:
     got = (start.num_steps, start.num_chains, start.num_particles)
-    expected = (feynman_kac.num_steps, num_chains, num_particles)
+    expected = (feynman_kac.num_steps, numbers.num_chains, numbers.num_particles)
     if got != expected:
         raise ValueError(
             f"got a start with (steps, chains, particles) = {got}; this run has {expected}: go on with the model and "
             "numbers that the start was made with, or leave start out"
         )
-    last = start.history[-1]
+    last, records = start.history[-1], numbers.kept
     kept = (set(last.summaries), last.log_w is not None, start.step > 0 and last.ancestors is not None)
     if kept != (set(records.summaries), records.log_weights, start.step > 0 and records.ancestors):
         raise ValueError("got a start that kept other records than this run's; give the Records of the run it is from")

@@ -40,7 +40,7 @@ def program(law: sd.DiffusionPrior, sigma: float = SIGMA):
 
 class Exact:
     """The posterior of the mixture prior: a mixture again. ``width`` scales its draws about their component's mean,
-    ``shift`` moves them, and ``component`` keeps to one component."""
+    and ``shift`` moves them."""
 
     def __init__(self, y: Tensor, sigma: float = SIGMA) -> None:
         total = A @ COVARIANCES @ A.mT + sigma**2 * torch.eye(1, dtype=F64)
@@ -49,12 +49,7 @@ class Exact:
         self.means = MEANS + (gain @ residual[..., None])[..., 0]
         self.covariances = COVARIANCES - gain @ A @ COVARIANCES
         fit = WEIGHTS.log() + MultivariateNormal(torch.zeros(1, dtype=F64), total).log_prob(residual)
-        self.log_evidence = float(fit.logsumexp(0))
         self.weights = fit.softmax(0)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        law = MultivariateNormal(self.means, self.covariances)
-        return (self.weights.log() + law.log_prob(x[:, None])).logsumexp(1)
 
     def sample(self, number: int, width: float = 1.0, shift: float = 0.0) -> Tensor:
         c = torch.multinomial(self.weights, number, replacement=True)

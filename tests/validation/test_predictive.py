@@ -99,31 +99,32 @@ def test_a_split_is_inferred_from_and_scored() -> None:
 
 
 def test_both_follow_the_exact_error_over_methods() -> None:
-    """Samplers of a mixture posterior over 16 measurements of the program. The distance of the mean p-value from 1/2
-    ranks them as the energy distance to exact draws does (0.86 over 30 measurements; at least 0.6 here); the held-out
-    score too (0.76 over 30; at least 0.5), as far as what it scores depends on the error: a posterior that is too
-    narrow across the measured direction loses nothing."""
+    """Samplers of a mixture posterior over 20 measurements of the program. The distance of the mean p-value from 1/2
+    ranks them as the energy distance to exact draws does (0.73 here, 0.86 over 30 measurements of more draws; at least
+    0.6 is asked for, which unrelated ranks reach with probability 0.016), and so does the held-out score (0.73 and
+    0.76; at least 0.5, probability 0.04), as far as what it scores depends on the error: a posterior that is too narrow
+    across the measured direction loses nothing."""
     torch.manual_seed(0)
-    law = prior(15)
+    law = prior(10)
     model, half = program(law), program(law, SIGMA / 0.5**0.5)
     error, misfit, half_error, loss = ({} for _ in range(4))
 
     def add(to: dict[str, float], name: str, value: float) -> None:
-        to[name] = to.get(name, 0.0) + value / 16
+        to[name] = to.get(name, 0.0) + value / 20
 
-    for seed in range(16):
+    for seed in range(20):
         y = simulate(model, ("y",)).measurement
         split = split_measurement(model, y, 0.5, seed)
         whole, part = Exact(y["y"]).sample(400), Exact(split.first["y"], SIGMA / 0.5**0.5).sample(400)
-        for name, sampler in samplers(model, 50).items():
+        for name, sampler in samplers(model, 30).items():
             draws = sampler(y)
             add(error, name, energy_distance(draws, whole))
             add(misfit, name, predictive_check(model, y, {"x": draws}, seed=seed).p_value)
-        for name, sampler in samplers(half, 50, SIGMA / 0.5**0.5).items():
+        for name, sampler in samplers(half, 30, SIGMA / 0.5**0.5).items():
             draws = sampler(split.first)
             add(half_error, name, energy_distance(draws, part))
             add(loss, name, -split.score({"x": draws}).log_density)
-    assert abs(misfit["exact"] - 0.5) < 0.25  # mean of 16 p-values, of standard deviation below 0.29 each: 3.4 of them
+    assert abs(misfit["exact"] - 0.5) < 0.25  # mean of 20 p-values, of standard deviation below 0.29 each: 3.8 of them
     assert rank_correlation(error, {name: abs(p - 0.5) for name, p in misfit.items()}) > 0.6
     assert rank_correlation(half_error, loss) > 0.5
 

@@ -1,0 +1,208 @@
+r"""The quadratic of a picture whose covariance and measurement are diagonal in one basis: everything elementwise.
+
+Blur and Fourier, masks and pixels, white noise and any basis. With C = V diag(v) V^T, J = V diag(j) V^T, c = V^T m and
+slope g in coordinates,
+
+    log of the integral     l + sum_i (g_i^2 v_i / (1 + v_i j_i) - log(1 + v_i j_i)) / 2
+    x_0 given y             V (c + v g / (1 + v j) + sqrt(v / (1 + v j)) noise)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from smcdiff.diffusion.covariance import Diagonal
+from smcdiff.guidance.picture import foretold_variance, innermost, picture_measurement
+from smcdiff.guidance.program import Program
+from smcdiff.guidance.quadratic import Covariances, Noise, States
+from smcdiff.guidance.singular import per_program
+from smcdiff.measurement import GaussianMeasurement, Identity, LinearOperator, MixedMeasurement, PoissonMeasurement
+from smcdiff.measurement.svd import reciprocal
+from smcdiff.transforms import PIXELS, Basis, same_basis
+
+__all__ = ["DiagonalExpansion", "DiagonalMeasurement", "diagonal_expansion", "diagonal_measurement", "measured_latent"]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalMeasurement:
+    """One picture under noise of known variance: log p(y given x_0) = constant - |seen - root V^T x_0|^2 / 2.
+
+    Args:
+        name: the picture's site.
+        root: sqrt(j), (1, *shape) or broadcastable to it.
+        seen: V^T A^T Sigma^-1 z / root, (1, *shape).
+        constant: the log-density where every coordinate is met.
+        basis: V.
+    """
+
+    name: str
+    root: Tensor
+    seen: Tensor
+    constant: float
+    basis: Basis
+
+    @property
+    def expanded_at(self) -> States:
+        return {}
+
+    def condition(self, mean: States, covariance: Covariances) -> _DiagonalConditioned:
+        m, c = mean[self.name], covariance[self.name]
+        assert isinstance(c, Diagonal)
+        missing = self.seen - self.root * self.basis.to_spectral(m)
+        value = self.constant - 0.5 * _sum(missing.square())
+        return _DiagonalConditioned(
+            self.name, m, c.variance, value, self.root * missing, self.root.square(), self.basis
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalExpansion:
+    """One latent's quadratic about a state of each particle, the other latents as they are there.
+
+    Args:
+        name: the latent's site.
+        at: where it is expanded, (m, *shape).
+        value: l, (m,) of float64.
+        slope: g in coordinates, (m, *shape).
+        precision: j, (m, *shape).
+        basis: V.
+    """
+
+    name: str
+    at: Tensor
+    value: Tensor
+    slope: Tensor
+    precision: Tensor
+    basis: Basis
+
+    @property
+    def expanded_at(self) -> States:
+        return {}
+
+    def condition(self, mean: States, covariance: Covariances) -> _DiagonalConditioned:
+        m, c = mean[self.name], covariance[self.name]
+        assert isinstance(c, Diagonal)
+        d = self.basis.to_spectral(m - self.at)
+        value = self.value + _sum((self.slope - 0.5 * self.precision * d) * d)
+        return _DiagonalConditioned(
+            self.name, m, c.variance, value, self.slope - self.precision * d, self.precision, self.basis
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _DiagonalConditioned:
+    name: str
+    centre: Tensor  # m
+    variance: Tensor
+    value: Tensor
+    slope: Tensor  # g at m, in coordinates
+    precision: Tensor
+    basis: Basis
+
+    def log_integral(self) -> Tensor:
+        gain = 1 + self.variance * self.precision
+        return self.value + 0.5 * _sum(self.slope.square() * (self.variance / gain) - gain.log())
+
+    def mean(self) -> States:
+        shift = self.variance / (1 + self.variance * self.precision) * self.slope
+        return {self.name: self.centre + self.basis.from_spectral(shift)}
+
+    def draw(self, noise: Noise) -> States:
+        spread = self.variance / (1 + self.variance * self.precision)
+        shift = spread * self.slope + spread.sqrt() * noise(self.centre.shape)
+        return {self.name: self.centre + self.basis.from_spectral(shift)}
+
+
+@per_program
+def diagonal_measurement(program: Program, basis: Basis) -> DiagonalMeasurement | None:
+    """The program as one picture that is measured coordinate by coordinate of a basis; None where it is not."""
+    picture = picture_measurement(program)
+    if picture is None or not picture.is_diagonal_in(basis):
+        return None
+    x = picture.x[None].double()
+    precision, pull, squares = torch.zeros_like(x), torch.zeros_like(x), 0.0
+    for site in picture.sites:
+        power, svd = site.weight.square(), site.svd
+        if site.even and svd is not None:
+            power, s = power.flatten()[0], svd.singular_values
+            precision = precision + power * s.square()
+            if same_basis(svd, basis):
+                pull = pull + power * s * svd.measurement_to_spectral(site.target)
+            else:  # A^T A is a multiple of the identity
+                pull = pull + power * basis.to_spectral(site.operator.adjoint(site.target)[None])
+        else:  # pixel by pixel
+            precision = precision + site.operator.adjoint(power * site.operator(torch.ones_like(x)))
+            pull = pull + site.operator.adjoint(power * site.target)
+        squares += float((site.weight * site.target).square().sum())
+    root = precision.sqrt()
+    seen = pull * reciprocal(root)
+    constant = picture.constant - 0.5 * (squares - float(seen.square().sum()))
+    return DiagonalMeasurement(picture.name, root.to(picture.x), seen.to(picture.x), constant, basis)
+
+
+@per_program
+def measured_latent(program: Program, basis: Basis) -> str | None:
+    """The one diffusion prior that all observed sites measure by operators with V as singular basis, other latents
+    aside; None where there is none."""
+    names = [name for name, latent in program.latents.items() if latent.is_diffusion]
+    if len(names) != 1 or program.probe.weighted:
+        return None
+    x = program.probe.values[names[0]]
+    for law in map(innermost, program.probe.laws.values()):
+        if not isinstance(law, GaussianMeasurement | MixedMeasurement | PoissonMeasurement):
+            return None
+        if not isinstance(law.operator, LinearOperator) or law.x.shape != x.shape or not torch.equal(law.x, x):
+            return None
+        svd = law.operator.svd(x)
+        if svd is None or not (same_basis(svd, basis) or isinstance(law.operator, Identity)):
+            return None
+    return names[0]
+
+
+def diagonal_expansion(program: Program, at: States, name: str, basis: Basis) -> DiagonalExpansion:
+    """The quadratic of the one measured latent about ``at``, the other latents held there.
+
+    Where the noise is uneven and the basis is not the pixels', J has the mean precision.
+
+    Args:
+        at: of all latents, {site: (m, *shape)}.
+        name: what :func:`measured_latent` found.
+    """
+
+    def likelihood(site: str, fn: Distribution, y: Tensor) -> Tensor:
+        law: Any = innermost(fn)
+        variance = foretold_variance(law, y)
+        gain = law.gain if isinstance(law, PoissonMeasurement) else 1.0
+        background = law.background if isinstance(law, PoissonMeasurement) else 0.0
+        missing = y - background - gain * law.operator(law.x)
+        return -0.5 * (missing.square() / variance + variance.log() + math.log(2 * math.pi))
+
+    def precision(site: str, fn: Distribution, y: Tensor) -> Tensor:
+        law: Any = innermost(fn)
+        gain = law.gain if isinstance(law, PoissonMeasurement) else 1.0
+        power = (gain**2 / foretold_variance(law, y)).expand(y.shape)
+        if same_basis(basis, PIXELS):
+            return law.operator.adjoint(power * law.operator(torch.ones_like(law.x)))
+        return (power.mean() * law.operator.svd(law.x).singular_values.square()).expand(law.x.shape)
+
+    def one(state: States) -> Tensor:
+        return torch.stack([raw for raw, _ in program.scores(state, precision).values()]).sum(0)
+
+    fixed = {site: value.detach() for site, value in at.items()}
+    with torch.enable_grad():
+        fixed[name] = fixed[name].requires_grad_()
+        value = program.log_prob(fixed, likelihood)
+        (gradient,) = torch.autograd.grad(value.sum(), fixed[name])
+    fixed[name] = fixed[name].detach()
+    slope = basis.to_spectral(gradient)
+    return DiagonalExpansion(name, fixed[name], value.detach(), slope, torch.func.vmap(one)(fixed), basis)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    return terms.reshape(len(terms), -1).sum(1, dtype=torch.float64)
