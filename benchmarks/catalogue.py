@@ -68,6 +68,7 @@ CATALOGUE = (
     Entry("DMPS", "dmps", "DMPS", {"gain": 1.0}, published={}),
     Entry("DDSMC", "ddsmc", "DDSMC", published={}),
     Entry("MCGDiff", "mcgdiff", "MCGDiff", published={}),
+    Entry("MCGDiff, variance 0.1", "mcgdiff", "MCGDiff", {"variance": 0.1}),
     Entry("FPS, own paths", "fps", "FPS", {"seed": None}, published={"seed": None}),
     Entry("FPS, one path", "fps", "FPS", published={}),
     Entry("DDRM", "ddrm", "DDRM", _FLOOR, published={}),

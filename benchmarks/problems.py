@@ -2,17 +2,17 @@ r"""Problems with a closed-form posterior and evidence, on which methods are com
 
 Prior and measurement are
 
-    x ~ sum_c w_c N(mu_c, I) in R^d,      y = A x + sigma_y noise,
+    x ~ sum_c w_c N(mu_c, C) in R^d,      y = A x + sigma_y noise,
 
-so that, with S = A A^T + sigma_y^2 I and K = A^T S^-1,
+so that, with S = A C A^T + sigma_y^2 I and K = C A^T S^-1,
 
     p(y)            = sum_c w_c N(y; A mu_c, S)
-    p(x given y)    = sum_c w'_c N(mu_c + K (y - A mu_c), I - K A),     w'_c proportional to w_c N(y; A mu_c, S).
+    p(x given y)    = sum_c w'_c N(mu_c + K (y - A mu_c), C - K A C),     w'_c proportional to w_c N(y; A mu_c, S).
 
 The public problem of 25 components is that of G. Cardoso, Y. Janati El Idrissi, S. Le Corff, E. Moulines, "Monte Carlo
-Guided Diffusion for Bayesian Linear Inverse Problems" (2023), arXiv 2308.07983, section 4: components at
-(-8 i, -8 j, -8 i, -8 j, ...), i, j = -2 ... 2, weights from squared normal draws, A with Gaussian singular vectors and
-singular values uniform on (0, 1), sigma_y uniform on (0, largest singular value).
+Guided Diffusion for Bayesian Linear Inverse Problems" (2023), arXiv 2308.07983: components at (-8 i, -8 j, -8 i, -8 j,
+...), i, j = -2 ... 2, with C = I, weights from squared normal draws, A with Gaussian singular vectors and singular
+values uniform on (0, 1), sigma_y uniform on (0, largest singular value).
 
 How far draws are from the posterior is measured by the sliced Wasserstein distance, the mean over directions of the
 distance between sorted projections. Even exact draws are not at zero: two sets of them are a *floor* apart.
@@ -35,7 +35,7 @@ __all__ = ["MixtureProblem", "Yardstick", "sliced_wasserstein"]
 
 @dataclass(frozen=True, eq=False)
 class MixtureProblem:
-    """A mixture prior with unit covariances, a linear measurement, and what follows from them.
+    """A mixture prior, a linear measurement, and what follows from them.
 
     Args:
         means: mu, (components, d).
@@ -43,6 +43,7 @@ class MixtureProblem:
         A: (dim y, d).
         y: (dim y,).
         sigma_y: standard deviation of the noise.
+        covariance: C of all components, (d, d); None for I.
     """
 
     means: Tensor
@@ -50,6 +51,7 @@ class MixtureProblem:
     A: Tensor
     y: Tensor
     sigma_y: float
+    covariance: Tensor | None = None
 
     @classmethod
     def public(cls, d: int, dim_y: int, seed: int) -> MixtureProblem:
@@ -87,7 +89,8 @@ class MixtureProblem:
     @property
     def denoiser(self) -> sd.GaussianMixtureDenoiser:
         """The exact denoiser of the prior."""
-        return sd.GaussianMixtureDenoiser(self.means, torch.eye(self.d, dtype=torch.float64), self.weights)
+        C = torch.eye(self.d, dtype=torch.float64) if self.covariance is None else self.covariance
+        return sd.GaussianMixtureDenoiser(self.means, C, self.weights)
 
     def program(self, prior: sd.DiffusionPrior) -> object:
         """The Pyro program of the measurement."""
@@ -100,10 +103,24 @@ class MixtureProblem:
         return model
 
     @cached_property
+    def _spread(self) -> Tensor:
+        """A C, (dim y, d)."""
+        return self.A if self.covariance is None else self.A @ self.covariance
+
+    @cached_property
+    def _total(self) -> Tensor:
+        """S, (dim y, dim y)."""
+        return self._spread @ self.A.mT + self.sigma_y**2 * torch.eye(len(self.y), dtype=torch.float64)
+
+    @cached_property
+    def _root(self) -> Tensor | None:
+        """The Cholesky factor of C; None for I."""
+        return None if self.covariance is None else torch.linalg.cholesky(self.covariance)
+
+    @cached_property
     def _log_joint(self) -> Tensor:
         """log w_c N(y; A mu_c, S), (components,)."""
-        S = self.A @ self.A.mT + self.sigma_y**2 * torch.eye(len(self.y), dtype=torch.float64)
-        return self.weights.log() + MultivariateNormal(self.means @ self.A.mT, S).log_prob(self.y)
+        return self.weights.log() + MultivariateNormal(self.means @ self.A.mT, self._total).log_prob(self.y)
 
     @property
     def log_evidence(self) -> float:
@@ -118,21 +135,22 @@ class MixtureProblem:
     @cached_property
     def gain(self) -> Tensor:
         """K, (d, dim y)."""
-        S = self.A @ self.A.mT + self.sigma_y**2 * torch.eye(len(self.y), dtype=torch.float64)
-        return torch.linalg.solve(S, self.A).mT
+        return torch.linalg.solve(self._total, self._spread).mT
 
     def posterior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of x given y, (d,) and (d, d)."""
         centres = self.means + (self.y - self.means @ self.A.mT) @ self.gain.mT
         mean = self.posterior_weights @ centres
         away = centres - mean
-        within = torch.eye(self.d, dtype=torch.float64) - self.gain @ self.A
+        C = torch.eye(self.d, dtype=torch.float64) if self.covariance is None else self.covariance
+        within = C - self.gain @ self._spread
         return mean, within + (self.posterior_weights[:, None] * away).mT @ away
 
     def posterior_draws(self, n: int, generator: torch.Generator) -> Tensor:
         """Independent draws of x given y, (n, d): a draw of a component's x and of y's noise, moved to meet y."""
         c = torch.multinomial(self.posterior_weights, n, replacement=True, generator=generator)
-        x = self.means[c] + torch.randn((n, self.d), dtype=torch.float64, generator=generator)
+        x = torch.randn((n, self.d), dtype=torch.float64, generator=generator)
+        x = self.means[c] + (x if self._root is None else x @ self._root.mT)
         noise = torch.randn((n, len(self.y)), dtype=torch.float64, generator=generator)
         return x + (self.y - x @ self.A.mT - self.sigma_y * noise) @ self.gain.mT
 
@@ -143,7 +161,10 @@ class MixtureProblem:
             x: (n, d).
             w: (n,), with sum 1.
         """
-        fit = self.weights.log() - 0.5 * torch.cdist(x, self.means).square()
+        means = self.means
+        if self._root is not None:
+            x, means = (torch.linalg.solve_triangular(self._root, v.mT, upper=False).mT for v in (x, means))
+        fit = self.weights.log() - 0.5 * torch.cdist(x, means).square()
         return w @ fit.softmax(1)
 
 

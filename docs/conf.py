@@ -3,12 +3,14 @@
 The pages that are notebooks are run at every build; an error in one, or a warning that it prints, ends the build.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import smcdiff
 
 sys.path.insert(0, str(Path(__file__).parent))  # docstrings.py lies there
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's progress bars for notebooks; no page shows one
 
 project = "smcdiff"
 copyright = "2026, the smcdiff developers"
@@ -26,6 +28,7 @@ nb_execution_show_tb = True
 nb_output_stderr = "remove-warn"
 nb_merge_streams = True
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 smartquotes = False  # quotation marks and dashes in formulas are what they are
 

@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (demo, restore):
         command.add_argument("--particles", type=int, default=4, help="particles per chain (%(default)s)")
         command.add_argument("--chains", type=int, default=16, help="independent chains (%(default)s)")
-        command.add_argument("--steps", type=int, default=50, help="steps of the reverse chain (%(default)s)")
+        steps = 30 if command is demo else 50
+        command.add_argument("--steps", type=int, default=steps, help="steps of the reverse chain (%(default)s)")
         command.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

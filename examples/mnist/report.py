@@ -88,7 +88,8 @@ def draw_figure(rows: list[Row], pictures: Path, file: Path) -> None:
     """Accuracy and effective sample size against n, digits of each class, and restorations."""
     plt.switch_backend("agg")
     figure = plt.figure(figsize=(11, 11.5), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1.0, 0.75, 1.9])
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1.0, 0.75, 1.9])
+    top, middle, bottom = parts
     found = [row for row in rows if row["key"]["task"] == "class"]
     accuracy, ess = top.subplots(1, 2)
     for method in values(found, "method"):

@@ -229,7 +229,8 @@ def main() -> None:
         row, shown = work()
         if key["seed"] == 0:
             name = " ".join(str(value) for value in key.values())
-            np.savez_compressed(pictures / f"{name}.npz", **{k: v[0].half().numpy() for k, v in shown.items()})
+            arrays: dict[str, Any] = {k: v[0].half().numpy() for k, v in shown.items()}
+            np.savez_compressed(pictures / f"{name}.npz", **arrays)
         with rows.open("a") as file:
             file.write(json.dumps({"key": key, **row}) + "\n")
         print(key, row, flush=True)

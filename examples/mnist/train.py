@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -38,12 +39,14 @@ def train_prior(digits: Digits, folder: Path, channels: list[int], training: Tra
     """Train the prior, measure its covariance and save both. Weights are kept in half precision."""
     torch.manual_seed(training.seed)
     factor = 2
-    network = SpaceToDepth(small_unet(training.size // factor, factor**2, channels, attention=False), factor)
+    unet: Any = small_unet(training.size // factor, factor**2, channels, attention=False)
+    network = SpaceToDepth(unet, factor)
     print(f"prior: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters")
-    scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
+    scheduler: Any = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
     images = digits.part("prior").images
     average = training.run(network, images, scheduler.alphas_cumprod, folder.with_suffix(".checkpoint.pt"))
-    DDPMPipeline(average.unet.half(), scheduler).save_pretrained(folder)
+    pipeline: Any = DDPMPipeline(average.unet.half(), scheduler)
+    pipeline.save_pretrained(folder)
     extra = {"event_shape": [1, training.size, training.size], "space_to_depth": factor}
     (folder / "smcdiff.json").write_text(json.dumps(extra, indent=2) + "\n")
 
@@ -77,7 +80,7 @@ def main() -> None:
     parser.add_argument("--mnist", type=Path, required=True, help="folder with MNIST's test file")
     parser.add_argument("--out", type=Path, required=True, help="folder to save the weights in")
     parser.add_argument("--steps", type=int, default=4000, help="gradient steps of the prior")
-    parser.add_argument("--classifier-steps", type=int, default=2000, help="gradient steps of each classifier")
+    parser.add_argument("--classifier-steps", type=int, default=1500, help="gradient steps of each classifier")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64], help="of the prior at each resolution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 
 from smcdiff.diffusion.covariance import Diagonal
+from smcdiff.guidance.elementwise import slope_at
 from smcdiff.guidance.picture import PictureMeasurement
+from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Covariances, Noise, States
 from smcdiff.transforms import Basis
 
@@ -145,15 +147,21 @@ class LinearSystem:
         return v.sqrt() * white, _dot(white, right).flatten()
 
     def log_det(self, v: Tensor) -> Tensor:
-        """log det(I + C J), 0-d, computed once per covariance; for large pictures with an error that is common to all
-        noise levels but for small differences, and taken off by :attr:`_offset`."""
+        """log det(I + C J), 0-d, computed once per covariance, and 0 for C = 0.
+
+        Of large pictures :attr:`_offset` is added, the same at all noise levels. In the evidence, which has that of the
+        highest noise and then differences, it sets the first one right and cancels in the others.
+        """
         v = v.double().expand(1, *self.picture.x.shape)
         key = v.cpu().numpy().tobytes()
         if key not in self._log_dets:
-            if self._dense is not None:
-                self._log_dets[key] = self._exact_log_det(v, self._dense)
+            if not bool((v > 0).any()):
+                found = torch.zeros((), dtype=v.dtype, device=v.device)
+            elif self._dense is not None:
+                found = self._exact_log_det(v, self._dense)
             else:
-                self._log_dets[key] = self._lanczos_log_det(v, self.settings.colours) + self._offset
+                found = self._lanczos_log_det(v, self.settings.colours) + self._offset
+            self._log_dets[key] = found
         return self._log_dets[key]
 
     @cached_property
@@ -259,7 +267,48 @@ class IterativeMeasurement:
     def condition(self, mean: States, covariance: Covariances) -> _IterativeConditioned:
         m, c = mean[self.name], covariance[self.name]
         assert isinstance(c, Diagonal)
-        return _IterativeConditioned(self.name, m, c.variance.double(), self.system.residual(m), self.system)
+        residual = self.system.residual(m)
+        value = self.system.picture.constant - 0.5 * residual.double().square().sum(1)
+        slope = self.system.backward(residual)
+        return _IterativeConditioned(self.name, m, c.variance.double(), value, slope, self.system)
+
+
+    def expanded(self, program: Program, at: States) -> IterativeExpansion:
+        """The program's own law about ``at``, with this curvature."""
+        value, gradient = slope_at(program, at, self.name)
+        return IterativeExpansion(self.name, at[self.name], value, gradient, self.system)
+
+
+@dataclass(frozen=True, eq=False)
+class IterativeExpansion:
+    """One picture's quadratic about a state of each particle, J the same for all.
+
+    Args:
+        name: the picture's site.
+        at: where it is expanded, (m, *shape).
+        value: l, (m,) of float64.
+        gradient: g, (m, *shape).
+        system: J.
+    """
+
+    name: str
+    at: Tensor
+    value: Tensor
+    gradient: Tensor
+    system: LinearSystem
+
+    @property
+    def expanded_at(self) -> States:
+        return {self.name: self.at}
+
+    def condition(self, mean: States, covariance: Covariances) -> _IterativeConditioned:
+        m, c = mean[self.name], covariance[self.name]
+        assert isinstance(c, Diagonal)
+        away = self.system.forward(m - self.at)
+        slope = self.gradient - self.system.backward(away)
+        value = self.value + _dot(self.gradient.double(), (m - self.at).double()).flatten()
+        value = value - 0.5 * away.double().square().sum(1)
+        return _IterativeConditioned(self.name, m, c.variance.double(), value, slope, self.system)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,25 +316,25 @@ class _IterativeConditioned:
     name: str
     centre: Tensor  # m
     variance: Tensor
-    residual: Tensor  # r(m)
+    value: Tensor  # l at m
+    slope: Tensor  # g at m
     system: LinearSystem
 
     @property
     def _pull(self) -> Tensor:
         """sqrt(v) g, in coordinates."""
-        slope = self.system.basis.to_spectral(self.system.backward(self.residual)).double()
-        return self.variance.sqrt() * slope
+        return self.variance.sqrt() * self.system.basis.to_spectral(self.slope).double()
 
     def log_integral(self) -> Tensor:
         _, gained = self.system.solve(self.variance, self._pull)
-        value = self.system.picture.constant - 0.5 * self.residual.double().square().sum(1)
-        return value + 0.5 * (gained - self.system.log_det(self.variance))
+        return self.value + 0.5 * (gained - self.system.log_det(self.variance))
 
     def mean(self) -> States:
         return self._moved(self._pull)
 
     def draw(self, noise: Noise) -> States:
-        first, second = noise(self.centre.shape).double(), noise(self.residual.shape)
+        first = noise(self.centre.shape).double()
+        second = noise(torch.Size((len(self.centre), self.system.num_values)))
         second = self.system.basis.to_spectral(self.system.backward(second)).double()
         return self._moved(self._pull + first + self.variance.sqrt() * second)
 

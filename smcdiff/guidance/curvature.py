@@ -28,8 +28,8 @@ from smcdiff.transforms import Basis
 
 __all__ = ["Survey", "curvature_expansion", "gradient", "survey"]
 
-#: Random vectors of the diagonal, and steps towards the largest eigenvalue.
-PROBES, POWER_STEPS = 32, 30
+#: Random vectors of the diagonal.
+PROBES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +38,12 @@ class Survey:
 
     Args:
         diagonal: of V^T J V, (1, *shape).
-        largest: its largest eigenvalue, about.
+        mean: of the diagonal.
         precision: sum over the measured values of 1 / Var[y given x_0] there.
     """
 
     diagonal: Tensor
-    largest: float
+    mean: float
     precision: Tensor
 
 
@@ -80,11 +80,11 @@ def survey(program: Program, name: str, basis: Basis) -> Survey:
     def residual(picture: Tensor) -> Tensor:
         return whitened_residual(program, {**probe, name: picture})
 
-    _, back = torch.func.vjp(residual, x)
+    at_probe, back = torch.func.vjp(residual, x)  # u -> H^T u, whose own transpose is v -> H v
+    _, ahead = torch.func.vjp(lambda u: back(u)[0], torch.zeros_like(at_probe))
 
     def product(v: Tensor) -> Tensor:
-        forward: Tensor = torch.func.jvp(residual, (x,), (v,))[1]
-        (image,) = back(forward)
+        (image,) = back(ahead(v)[0])
         assert isinstance(image, Tensor)
         return image
 
@@ -93,12 +93,9 @@ def survey(program: Program, name: str, basis: Basis) -> Survey:
     for _ in range(PROBES):
         signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
         total = total + signs * basis.to_spectral(product(basis.from_spectral(signs[None])[0])[None])[0]
-    v = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    for _ in range(POWER_STEPS):
-        v = product(v / v.norm())
     diagonal = (total / PROBES).clamp(min=0)[None]
     batch = {site: value[None] for site, value in probe.items()}
-    return Survey(diagonal, max(float(v.norm()), float(diagonal.max())), _precision(program, batch))
+    return Survey(diagonal, float(diagonal.mean()), _precision(program, batch))
 
 
 def _precision(program: Program, at: States) -> Tensor:

@@ -9,7 +9,6 @@ slope g in coordinates,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +59,12 @@ class DiagonalMeasurement:
             self.name, m, c.variance, value, self.root * missing, self.root.square(), self.basis
         )
 
+    def expanded(self, program: Program, at: States) -> DiagonalExpansion:
+        """The program's own law about ``at``, with this curvature."""
+        value, gradient = slope_at(program, at, self.name)
+        slope = self.basis.to_spectral(gradient)
+        return DiagonalExpansion(self.name, at[self.name], value, slope, self.root.square(), self.basis)
+
 
 @dataclass(frozen=True, eq=False)
 class DiagonalExpansion:
@@ -70,7 +75,7 @@ class DiagonalExpansion:
         at: where it is expanded, (m, *shape).
         value: l, (m,) of float64.
         slope: g in coordinates, (m, *shape).
-        precision: j, (m, *shape).
+        precision: j, (m or 1, *shape).
         basis: V.
     """
 
@@ -83,7 +88,7 @@ class DiagonalExpansion:
 
     @property
     def expanded_at(self) -> States:
-        return {}
+        return {self.name: self.at}
 
     def condition(self, mean: States, covariance: Covariances) -> _DiagonalConditioned:
         m, c = mean[self.name], covariance[self.name]
@@ -106,8 +111,9 @@ class _DiagonalConditioned:
     basis: Basis
 
     def log_integral(self) -> Tensor:
-        gain = 1 + self.variance * self.precision
-        return self.value + 0.5 * _sum(self.slope.square() * (self.variance / gain) - gain.log())
+        information = self.variance * self.precision
+        gained = self.slope.square() * (self.variance / (1 + information)) - torch.log1p(information)
+        return self.value + 0.5 * _sum(gained)
 
     def mean(self) -> States:
         shift = self.variance / (1 + self.variance * self.precision) * self.slope
@@ -146,6 +152,16 @@ def diagonal_measurement(program: Program, basis: Basis) -> DiagonalMeasurement 
     return DiagonalMeasurement(picture.name, root.to(picture.x), seen.to(picture.x), constant, basis)
 
 
+def slope_at(program: Program, at: States, name: str) -> tuple[Tensor, Tensor]:
+    """log p(y given at), (m,) of float64, and its gradient with respect to one latent, (m, *shape)."""
+    states = {site: value.detach() for site, value in at.items()}
+    with torch.enable_grad():
+        states[name] = states[name].requires_grad_()
+        value = program.log_prob(states)
+        (gradient,) = torch.autograd.grad(value.sum(), states[name])
+    return value.detach(), gradient
+
+
 @per_program
 def measured_latent(program: Program, basis: Basis) -> str | None:
     """The one diffusion prior that all observed sites measure by operators with V as singular basis, other latents
@@ -175,14 +191,6 @@ def diagonal_expansion(program: Program, at: States, name: str, basis: Basis) ->
         name: what :func:`measured_latent` found.
     """
 
-    def likelihood(site: str, fn: Distribution, y: Tensor) -> Tensor:
-        law: Any = innermost(fn)
-        variance = foretold_variance(law, y)
-        gain = law.gain if isinstance(law, PoissonMeasurement) else 1.0
-        background = law.background if isinstance(law, PoissonMeasurement) else 0.0
-        missing = y - background - gain * law.operator(law.x)
-        return -0.5 * (missing.square() / variance + variance.log() + math.log(2 * math.pi))
-
     def precision(site: str, fn: Distribution, y: Tensor) -> Tensor:
         law: Any = innermost(fn)
         gain = law.gain if isinstance(law, PoissonMeasurement) else 1.0
@@ -194,14 +202,10 @@ def diagonal_expansion(program: Program, at: States, name: str, basis: Basis) ->
     def one(state: States) -> Tensor:
         return torch.stack([raw for raw, _ in program.scores(state, precision).values()]).sum(0)
 
-    fixed = {site: value.detach() for site, value in at.items()}
-    with torch.enable_grad():
-        fixed[name] = fixed[name].requires_grad_()
-        value = program.log_prob(fixed, likelihood)
-        (gradient,) = torch.autograd.grad(value.sum(), fixed[name])
-    fixed[name] = fixed[name].detach()
-    slope = basis.to_spectral(gradient)
-    return DiagonalExpansion(name, fixed[name], value.detach(), slope, torch.func.vmap(one)(fixed), basis)
+    states = {site: value.detach() for site, value in at.items()}
+    value, gradient = slope_at(program, states, name)
+    precisions = torch.func.vmap(one)(states)
+    return DiagonalExpansion(name, states[name], value, basis.to_spectral(gradient), precisions, basis)
 
 
 def _sum(terms: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from smcdiff.diffusion.covariance import Diagonal
 from smcdiff.guidance.conjugate_gradients import ConjugateGradients, IterativeMeasurement, LinearSystem
 from smcdiff.guidance.curvature import curvature_expansion
-from smcdiff.guidance.elementwise import diagonal_expansion, diagonal_measurement, measured_latent
+from smcdiff.guidance.elementwise import DiagonalMeasurement, diagonal_expansion, diagonal_measurement, measured_latent
 from smcdiff.guidance.gauss_newton import check_laws, few_measurements
 from smcdiff.guidance.picture import picture_measurement
 from smcdiff.guidance.program import Program
@@ -69,38 +69,57 @@ class Conditioning:
             TypeError: where none of the ways is open, with what to do.
         """
         count = sum(value.numel() for value in program.observed.values())
-        spectral = _spectral(program, covariances)
+        spectral, picture = _spectral(program, covariances), picture_measurement(program)
+        surrogate: DiagonalMeasurement | IterativeMeasurement | None = None
         if spectral is not None:
-            exact = diagonal_measurement(program, spectral.basis)
-            if exact is not None:
-                return exact
+            surrogate = diagonal_measurement(program, spectral.basis)
+            if (
+                surrogate is None
+                and count > self.max_measurements
+                and picture is not None
+                and len(spectral.variance) == 1
+            ):
+                surrogate = _iterative(program, spectral.basis, self.solver, highest)
+        if surrogate is not None and picture is not None and picture.exact:
+            return surrogate
+        expand = self._expansion(program, held, spectral, surrogate, count)
+        if at:
+            return expand({**mean, **at})
+        if surrogate is not None:
+            found = expand(surrogate.condition(mean, covariances).mean())
+        else:
+            found = expand(mean)
+        linear = picture is not None and picture.exact
+        for _ in range(0 if linear else self.expansions - 1):
+            found = expand({**mean, **found.condition(mean, covariances).mean()})
+        return found
+
+    def _expansion(
+        self,
+        program: Program,
+        held: States,
+        spectral: Diagonal | None,
+        surrogate: DiagonalMeasurement | IterativeMeasurement | None,
+        count: int,
+    ) -> Callable[[States], Information]:
+        """What expands the program's law about a state of the latents that move."""
+        if surrogate is not None:
+            law = surrogate
+            return lambda at: law.expanded(program, at)
         if count <= self.max_measurements:
             check_laws(program, _WHO)
-            return self._expanded(program, mean, held, covariances, at)
+            return lambda at: few_measurements(program, at, held)
         if spectral is not None:
-            if len(spectral.variance) == 1 and picture_measurement(program) is not None:
-                return _iterative(program, spectral.basis, self.solver, highest)
-            name = measured_latent(program, spectral.basis)
+            basis, name = spectral.basis, measured_latent(program, spectral.basis)
             if name is not None:
-                return diagonal_expansion(program, {**mean, **held}, name, spectral.basis)
-            check_laws(program, _WHO)
-            (name,) = (name for name, latent in program.latents.items() if latent.is_diffusion)
-            return curvature_expansion(program, {**mean, **held}, name, spectral.basis)
+                return lambda at: diagonal_expansion(program, {**at, **held}, name, basis)
+        names = sorted(program.latents)
         raise TypeError(
-            f"{_WHO} got {count} measured values of {sorted(mean)} and found no way to condition on them: with so many "
-            "it needs one diffusion prior whose covariance is diagonal in a basis. Use another covariance, "
-            f"Adapted(max_measurements={count}) if memory allows, or sd.TDS"
+            f"{_WHO} got {count} measured values of {names} and found no way to condition on them: it needs one "
+            "diffusion prior under Gaussian or Poisson noise whose mean is affine in it, with one covariance for all "
+            "particles and no other latent, or operators and a covariance that are diagonal in one basis. Use another "
+            f"covariance or operator, Adapted(max_measurements={count}) if memory allows, or sd.TDS"
         )
-
-    def _expanded(
-        self, program: Program, mean: States, held: States, covariances: Covariances, at: States | None
-    ) -> Information:
-        if at is not None:
-            return few_measurements(program, at, held)
-        found = few_measurements(program, mean, held)
-        for _ in range(self.expansions - 1):
-            found = few_measurements(program, found.condition(mean, covariances).mean(), held)
-        return found
 
 
 def _spectral(program: Program, covariances: Covariances) -> Diagonal | None:

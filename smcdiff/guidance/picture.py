@@ -3,8 +3,8 @@ r"""A program seen as one picture under a linear measurement, for conditioning t
     r(x) = Sigma^(-1/2) (z - A x),        log p(y given x)  ~  constant - r(x)^T r(x) / 2,
 
 all observed sites together. It is exact for Gaussian noise. Counts and noise that grows with the signal are given the
-variance that the measurement itself foretells, which is the same for all particles: a proposal may be approximate, and
-the weights see the law as it is.
+variance that the measurement itself foretells, which is the same for all particles and shows where to expand the law
+as it is (:mod:`smcdiff.guidance.information`).
 
 An affine measurement, such as that of the intensity (x + 1) / 2 of a picture on [-1, 1], has its offset taken to z.
 Laws that carry no operator, such as ``dist.Normal(blur(x), 0.1).to_event(3)``, are asked for their mean.
@@ -75,12 +75,14 @@ class PictureMeasurement:
         x: a picture, (*shape), whose shape, dtype and device count.
         sites: the observed ones.
         constant: log p(y given x) where r = 0.
+        exact: whether this is the program's likelihood, and not only near it.
     """
 
     name: str
     x: Tensor
     sites: tuple[LinearSite, ...]
     constant: float
+    exact: bool
 
     def is_diagonal_in(self, basis: Basis) -> bool:
         """Whether A^T Sigma^-1 A of all sites is diagonal in the basis."""
@@ -106,7 +108,8 @@ def picture_measurement(program: Program) -> PictureMeasurement | None:
         made, level = found
         sites.append(made)
         constant += level
-    return PictureMeasurement(name, x, tuple(sites), constant)
+    exact = all(isinstance(innermost(law), GaussianMeasurement | Normal) for law in program.probe.laws.values())
+    return PictureMeasurement(name, x, tuple(sites), constant, exact)
 
 
 def innermost(law: Any) -> Any:

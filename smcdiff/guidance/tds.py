@@ -43,7 +43,7 @@ class GuidedProposal:
         if not isinstance(p, Gaussian):
             raise TypeError(
                 f"sd.TDS got the step covariance of the latent {step.name!r} as a {type(p.covariance).__name__} "
-                'matrix; it takes independent coordinates. Use sd.Adapted, or a prior with variance="optimal" or "posterior"'
+                'matrix; it takes independent coordinates. Use sd.Adapted, or a prior with variance="optimal"'
             )
         if p.variance is None or step.gradient is None:
             return p

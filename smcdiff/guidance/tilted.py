@@ -47,14 +47,15 @@ __all__ = ["Tilted"]
 class Tilted:
     """The tilted denoiser's proposal on a Pyro program with one diffusion prior.
 
-    As with :class:`smcdiff.Adapted`, the diffusion prior is run with ``variance="full"``; its covariance must be one for
-    all particles and diagonal in a basis, as that of a calibrated prior is.
+    As with :class:`smcdiff.Adapted`, the diffusion prior is run with ``variance="full"``; its covariance must be one
+    for all particles and diagonal in a basis, as that of a calibrated prior is.
 
     Args:
         model: the Pyro program.
         covariance: as for :class:`smcdiff.Adapted`.
-        tilt: lambda, at least 0, in units of 1 / x_0^2; None takes the largest eigenvalue of J, which is exact for
-            white noise on all pixels. Elsewhere a smaller one asks the network for less that it was not trained for.
+        tilt: lambda, at least 0, in units of 1 / x_0^2; None takes the mean of J's diagonal, which is exact for white
+            noise on all pixels. Elsewhere the more lambda, the more of y the denoiser sees, and the less what it sees
+            looks like what it was trained on.
 
     Raises:
         ValueError: for a tilt below 0; at the run, for a prior without a covariance.
@@ -127,12 +128,12 @@ class _TiltedProposal:
         if not isinstance(known, Diagonal) or len(known.variance) != 1:
             raise TypeError(
                 f"sd.Tilted needs one covariance for all particles, diagonal in a basis; that of {name!r} is a "
-                f"{type(known).__name__} of {len(x_t)}. Calibrate the prior by prior.calibrate(images), or use sd.Adapted"
+                f"{type(known).__name__} of {len(x_t)}. Calibrate it by prior.calibrate(images), or use sd.Adapted"
             )
         first = information.condition(mean, covariances).mean()[name]  # x_1
         _, slope = gradient(program, {**mean, **held, name: first}, name)
         snr = level.ratio**-2
-        wanted = survey(program, name, known.basis).largest if self.tilt is None else self.tilt
+        wanted = survey(program, name, known.basis).mean if self.tilt is None else self.tilt
         under = schedule.level(schedule.time(max((snr + wanted) ** -0.5, schedule.level(schedule.t_min).ratio)))
         tilt = max(under.ratio**-2 - snr, 0.0)  # lambda, as far as the schedule goes
         w = slope + tilt * first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ def joint(problem: MixtureProblem) -> MixtureSameFamily:
     """The law of (x, y), written from the law of the pair and not by conditioning."""
     d, rows = problem.d, problem.A
     up = torch.cat([torch.eye(d, dtype=torch.float64), rows])  # (x, y) = up x + (0, noise)
-    covariance = up @ up.mT
+    C = torch.eye(d, dtype=torch.float64) if problem.covariance is None else problem.covariance
+    covariance = up @ C @ up.mT
     covariance[d:, d:] += problem.sigma_y**2 * torch.eye(len(rows), dtype=torch.float64)
     return MixtureSameFamily(
-        Categorical(problem.weights), MultivariateNormal(problem.means @ up.mT, covariance.expand(25, -1, -1))
+        Categorical(problem.weights),
+        MultivariateNormal(problem.means @ up.mT, covariance.expand(len(problem.means), -1, -1)),
     )
 
 
@@ -33,9 +36,16 @@ def test_public_problem_is_as_described(seed: int) -> None:
     assert float(problem.weights.sum()) == pytest.approx(1) and float(problem.weights.min()) > 0
 
 
-def test_evidence_is_the_integral_of_the_joint_density() -> None:
+def correlated(d: int, seed: int) -> MixtureProblem:
+    """The public problem with components that are correlated within."""
+    one = MixtureProblem.public(d, d // 2, seed)
+    factor = torch.eye(d, dtype=torch.float64) + 0.4 * torch.ones((d, d), dtype=torch.float64).triu(1)
+    return replace(one, covariance=factor.mT @ factor)
+
+
+@pytest.mark.parametrize("problem", [MixtureProblem.public(2, 1, 0), correlated(2, 0)], ids=["unit", "correlated"])
+def test_evidence_is_the_integral_of_the_joint_density(problem: MixtureProblem) -> None:
     """In two dimensions, by quadrature; the trapezium rule is exact to rounding for such smooth functions."""
-    problem = MixtureProblem.public(2, 1, 0)
     line = torch.arange(-24.0, 24.0, 0.125, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
     log_density = joint(problem).log_prob(torch.cat([grid, problem.y.expand(len(grid), 1)], 1))
@@ -49,9 +59,9 @@ def test_evidence_is_the_integral_of_the_joint_density() -> None:
     torch.testing.assert_close(problem.mode_weights(grid, w), problem.posterior_weights, rtol=1e-9, atol=1e-9)
 
 
-def test_exact_draws_have_the_posterior_moments() -> None:
+@pytest.mark.parametrize("problem", [MixtureProblem.public(4, 2, 1), correlated(4, 1)], ids=["unit", "correlated"])
+def test_exact_draws_have_the_posterior_moments(problem: MixtureProblem) -> None:
     """n = 200 000: each of 4 + 10 moments within 6 standard errors; P < 14 * 2e-9."""
-    problem = MixtureProblem.public(4, 2, 1)
     n = 200_000
     x = problem.posterior_draws(n, torch.Generator().manual_seed(0))
     mean, covariance = problem.posterior_moments()
