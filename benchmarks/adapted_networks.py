@@ -11,12 +11,12 @@ itself, the chain with the full covariance at 30 steps, and measured; every meth
     DPS                  1000 steps, one particle a chain
     DDRM, DiffPIR        100 steps, one particle a chain, as published; where the operator has an svd
 
-n particles in each of b chains; methods without weights run with one particle in each of 8 chains (DPS: 4). ``sumvar`` is the
-variance of the log-increments over particles, summed over steps, nats^2: what the weights of the paths spread by.
-Roots are the particles of the first step with descendants at the last. PSNR is that of the mean and coverage the share
-of pixels of the true picture inside the central 90 % interval of all final particles, each chain counted alike and its
-particles by their tempered weights: raised to the largest exponent that keeps half of them effective (1: exact). The
-interval of N exact draws would cover 0.9 (N - 1) / (N + 1), in the column beside it.
+n particles in each of b chains; methods without weights run with one particle in each of 8 chains (DPS: 4).
+``sumvar`` is the variance of the log-increments over particles, summed over steps, nats^2: what the weights of the
+paths spread by. Roots are the particles of the first step with descendants at the last. PSNR is that of the mean and
+coverage the share of pixels of the true picture inside the central 90 % interval of all final particles, each chain
+counted alike and its particles by their tempered weights: raised to the largest exponent that keeps half of them
+effective (1: exact). The interval of N exact draws would cover 0.9 (N - 1) / (N + 1), in the column beside it.
 
     python benchmarks/adapted_networks.py --particles 32 --chains 4 --pictures 2
 
@@ -36,10 +36,10 @@ from typing import Any
 
 import pyro
 import torch
+from machine import describe
 from torch import Tensor
 
 import smcdiff as sd
-from machine import describe
 from smcdiff.smc.state import FilterState
 
 RESULTS = Path(__file__).parent / "results" / "adapted_networks.jsonl"

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 import torch
+from machine import describe
 from torch import Tensor
 
 import smcdiff as sd
-from machine import describe
 from smcdiff.transforms import dct
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,6 +20,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"smcdiff {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True

@@ -11,11 +11,12 @@ import inspect
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
-
-from sphinx.application import Sphinx
+from typing import TYPE_CHECKING, Any
 
 from smcdiff.diagnostics.provenance import section
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 #: Sections that napoleon knows, and that are written here.
 _SECTIONS = {"Args:", "Raises:", "Returns:", "Yields:"}
@@ -64,9 +65,9 @@ def to_rst(lines: list[str]) -> list[str]:
             continue
         literal = not indented and paragraph[-1].rstrip().endswith("::")
         if indented and not within:
-            found += ["::", "", *paragraph]
+            found += [".. code-block:: text", "", *paragraph]
         elif not within and any(_COLUMNS.search(line) for line in paragraph):
-            found += ["::", "", *(f"    {line}" for line in paragraph)]
+            found += [".. code-block:: text", "", *(f"    {line}" for line in paragraph)]
         else:
             found += [_line(line) for line in _apart(paragraph)]
     return found
@@ -81,7 +82,7 @@ def _apart(paragraph: list[str]) -> Iterator[str]:
     """The paragraph with an empty line before a list that follows its first sentence directly."""
     for previous, line in zip(["", *paragraph], paragraph, strict=False):
         starts = line.lstrip().startswith("- ") and not previous.lstrip().startswith("- ")
-        if starts and previous and not previous.startswith((" " * (len(line) - len(line.lstrip()) + 1))):
+        if starts and previous and not previous.startswith(" " * (len(line) - len(line.lstrip()) + 1)):
             yield ""
         yield line
 

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from benchmarks.machine import markdown
+from examples.mnist.study import METHODS, RESTORERS
 
 Row = dict[str, Any]
 CLASS = {"right": "right to the judge", "ess": "ESS / n, mean over steps", "least ess": "ESS / n, least"}
@@ -48,12 +49,16 @@ def chosen(rows: list[Row], **key: Any) -> list[Row]:
 
 
 def values(rows: list[Row], name: str) -> list[Any]:
-    """What a key takes, in the order of the rows."""
-    return list(dict.fromkeys(row["key"][name] for row in rows))
+    """What a key takes; methods in the order of the study, all else rising."""
+    order = [*METHODS, *RESTORERS]
+    found = {row["key"][name] for row in rows}
+    return sorted(found, key=order.index if name == "method" else None)
 
 
 def shown(mean: float, error: float) -> str:
-    """A mean and its error, at most three decimals."""
+    """A mean and its error, at most two decimals; the mean alone where seeds do not differ."""
+    if error == 0:
+        return f"{mean:g}"
     if abs(mean) >= 1000:
         return f"{mean:.2g} ± {error:.1g}"
     places = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2
@@ -64,7 +69,7 @@ def class_table(rows: list[Row]) -> list[dict[str, str]]:
     """One line per method and n."""
     table = []
     for method in values(rows, "method"):
-        for n in sorted(values(rows, "n")):
+        for n in values(rows, "n"):
             runs = chosen(rows, method=method, n=n)
             if runs:
                 line = {title: shown(*over_seeds(runs, name)) for name, title in CLASS.items()}
@@ -87,20 +92,21 @@ def picture_table(rows: list[Row]) -> list[dict[str, str]]:
 def draw_figure(rows: list[Row], pictures: Path, file: Path) -> None:
     """Accuracy and effective sample size against n, digits of each class, and restorations."""
     plt.switch_backend("agg")
-    figure = plt.figure(figsize=(11, 11.5), layout="constrained")
-    parts: Any = figure.subfigures(3, 1, height_ratios=[1.0, 0.75, 1.9])
+    figure = plt.figure(figsize=(11, 9.5), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1.0, 0.75, 1.25])
     top, middle, bottom = parts
     found = [row for row in rows if row["key"]["task"] == "class"]
     accuracy, ess = top.subplots(1, 2)
     for method in values(found, "method"):
-        ns = sorted(values(found, "n"))
+        ns = values(found, "n")
         for axes, name in ((accuracy, "right"), (ess, "ess")):
             points = [over_seeds(chosen(found, method=method, n=n), name) for n in ns]
             axes.errorbar(ns, *zip(*points, strict=True), marker="o", capsize=3, label=method)
     for axes, title in ((accuracy, "draws of the right class, to the judge"), (ess, "ESS / n, mean over steps")):
         axes.set(xscale="log", xticks=ns, xticklabels=ns, ylim=(0, 1.05), xlabel="particles n", title=title)
         axes.minorticks_off()
-    accuracy.axhline(0.1, color="grey", linestyle=":", linewidth=1)
+    for row in chosen(rows, task="reference"):
+        accuracy.axhline(row["right"], color="grey", linestyle=":", linewidth=1)
     accuracy.legend()
 
     lines = [("TDS", 1), ("TDS", 4), ("TDS", 64), ("Feynman-Kac steering", 4), ("Bootstrap", 4)]
@@ -111,10 +117,10 @@ def draw_figure(rows: list[Row], pictures: Path, file: Path) -> None:
         _show(axes, np.concatenate(strip, 1))
         axes.set_ylabel(f"{method}, n = {n}", rotation=0, ha="right", va="center")
 
-    restored = [row for row in rows if row["key"]["task"] != "class"]
+    restored = [row for row in rows if row["key"]["task"] not in ("class", "reference")]
     for part, task in zip(bottom.subfigures(1, 2), ("inpainting", "deblurring"), strict=True):
         runs = chosen(restored, task=task, seed=0)
-        methods, numbers = values(runs, "method"), sorted(values(runs, "number"))[:2]
+        methods, numbers = values(runs, "method"), values(runs, "number")[:2]
         part.suptitle(f"{task}: " + ("truth, measured, mean, two draws; " * len(numbers)).rstrip("; "), fontsize=9)
         for axes, method in zip(part.subplots(len(methods), 1), methods, strict=True):
             strip = [
@@ -129,8 +135,11 @@ def draw_figure(rows: list[Row], pictures: Path, file: Path) -> None:
 
 
 def _picture(file: Path, name: str) -> np.ndarray:
+    """One picture of a run; grey where the run was not done, and where it went astray."""
+    if not file.exists():
+        return np.zeros((32, 32), np.float32)
     with np.load(file) as arrays:
-        return np.nan_to_num(arrays[name].astype(np.float32))
+        return np.nan_to_num(arrays[name].astype(np.float32)).clip(-1, 1)
 
 
 def _show(axes: Any, picture: np.ndarray) -> None:

@@ -6,7 +6,8 @@ WEIGHTS is what examples/mnist/train.py made. OUT/rows.jsonl gets one line per r
 first seed. Runs that are in OUT already are not done again, so that a study that was stopped goes on when the same
 command is given again; examples/mnist/report.py makes tables and a figure of what is there.
 
-A class: ten labels, n particles for n = 1, 2, 4, 16, 64, several independent filters where n is small. A picture:
+A class: ten labels, n particles for n = 1, 2, 4, 16, 64, several independent filters where n is small; and as a
+reference what the judge says of many draws of the prior, weighed by the guide. A picture:
 held-out digits that the covariance was not measured on, different ones for every seed; the lower half hidden, or a
 blur kernel after the other. A restoration runs independent filters, 16 unless said otherwise, and takes one draw from
 each, so that a particle's descendants are not counted as draws of their own.
@@ -127,6 +128,22 @@ def classes(setting: Setting, method: str, n: int, label: int, seed: int) -> tup
     return row, {"draw": one_of_each(smc, label)[0]}
 
 
+def reference(setting: Setting, seed: int, draws: int = 512) -> tuple[Row, Pictures]:
+    """What exact posteriors of the classes are like, from many draws of the prior weighed by the guide."""
+    generator = torch.Generator().manual_seed(500 + seed)
+    started = time.process_time()
+    x = torch.cat([setting.prior.chain.sample(min(64, draws - i), generator) for i in range(0, draws, 64)])
+    log_w = setting.guide(x).log_softmax(1).T
+    judged = setting.judge(x)
+    share = [float(right(log_w[label][None], judged[None], label)) for label in range(10)]
+    row = {
+        "right": float(np.mean(share)),
+        "sure": float((judged.softmax(1).amax(1) > 0.9).double().mean()),
+        "seconds": time.process_time() - started,
+    }
+    return row, {"draw": x[0]}
+
+
 def restoration(setting: Setting, task: str, method: str, number: int, seed: int) -> tuple[Row, Pictures]:
     """One held-out digit from half of its pixels or from a blurred picture."""
     index = int(torch.randperm(len(setting.digits.labels), generator=torch.Generator().manual_seed(seed))[number])
@@ -185,6 +202,8 @@ def timed(smc: SMC, *arguments: Tensor) -> tuple[SMC, float]:
 def plan(setting: Setting, seeds: int, digits: int) -> Iterator[tuple[Row, Callable[[], tuple[Row, Pictures]]]]:
     """All runs: what identifies each, and what does it."""
     for seed in range(seeds):
+        key: Row = {"seed": seed}
+        yield {"task": "reference", **key}, lambda k=key: reference(setting, **k)  # type: ignore[misc]
         for task in ("inpainting", "deblurring"):
             for number in range(digits):
                 for method in RESTORERS:

@@ -61,12 +61,14 @@ class _SharedMixtureCovariance:
         within: the covariance inside a component.
         coordinates: (components, rank): the means' coordinates along ``span``.
         span: orthonormal rows V^T (mu_c - mu_0), (rank, *event).
+        radius: distance of the farthest mean from the first, which bounds their spread.
         shares: of the components given x_t.
     """
 
     within: IndependentCovariance
     coordinates: Tensor
     span: Tensor
+    radius: float
     shares: Shares
 
     def parts(self, denoiser: Denoiser, x_t: Tensor, level: NoiseLevel, estimate: Estimate) -> Parts:
@@ -76,15 +78,15 @@ class _SharedMixtureCovariance:
         hair = 4 * torch.finfo(spread.dtype).eps * spread.diagonal(dim1=-2, dim2=-1).sum(-1)
         hair = hair.clamp(min=torch.finfo(spread.dtype).tiny ** 0.5)[:, None, None]
         eye = torch.eye(spread.shape[-1], dtype=spread.dtype, device=spread.device)
-        return {"spread": torch.linalg.cholesky_ex(spread + hair * eye)[0]}
+        return {"spread": torch.linalg.cholesky_ex(spread + hair * eye)[0] / self.radius}
 
     def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> LowRank:
         spectrum = self.within.spectrum
         # mu_ct - mu_0t = (1 - alpha_t^2 lambda / (alpha_t^2 lambda + sigma_t^2)) (mu_c - mu_0) in the basis
         shrink = level.sigma**2 / (level.alpha**2 * spectrum + level.sigma**2)
-        factors = parts["spread"].mT @ (shrink * self.span).flatten(1)
+        factors = self.radius * shrink * self.span
         return LowRank(
-            self.within.at(level, {}, like).variance, factors.reshape(-1, *self.span.shape), self.within.basis
+            self.within.at(level, {}, like).variance, factors[None].to(like), self.within.basis, parts["spread"].mT
         )
 
 
@@ -133,7 +135,7 @@ def shared_covariance(
     _, size, rows = torch.linalg.svd(away, full_matrices=False)
     rows = rows[: max(1, int((size > 16 * torch.finfo(size.dtype).eps * size[0]).sum()))]
     span = maps.to_spectral(rows.reshape(-1, *event_shape))
-    return _SharedMixtureCovariance(within, away @ rows.mT, span, shares)
+    return _SharedMixtureCovariance(within, away @ rows.mT, span, float(away.norm(dim=1).amax()), shares)
 
 
 @final

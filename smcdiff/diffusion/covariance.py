@@ -1,7 +1,7 @@
 r"""Covariance matrices of pictures, in forms that can be applied, drawn from and conditioned without being written out.
 
     diagonal     C = V diag(v) V^T                 V an orthonormal basis: pixels, cosines, Hartley
-    low rank     C = V diag(v) V^T + U U^T         U of a few columns per particle
+    low rank     C = V (diag(v) + U U^T) V^T       U of a few columns per particle
     dense        C                                 for small problems, and the form the others are tested against
 
 All are covariances of m particles at once (or one for all), so that they can depend on what each particle looks like.
@@ -86,17 +86,21 @@ class Diagonal:
 @final
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """C = V (diag(v) + U U^T) V^T.
+    """C = V (diag(v) + U U^T) V^T, with U^T = M W of each particle.
+
+    Where all particles share v and W, products with C cost one matrix product for all of them.
 
     Args:
         variance: v, (m or 1, *event) or broadcastable to it, positive.
-        factors: U in the coordinates of V, (m or 1, rank, *event).
+        factors: W in the coordinates of V, (m or 1, rank, *event).
         basis: V.
+        mixing: M, (m or 1, rank, rank), singular values at most 1; None for the identity.
     """
 
     variance: Tensor
     factors: Tensor
     basis: Basis = PIXELS
+    mixing: Tensor | None = None
 
     @property
     def _v(self) -> Tensor:
@@ -104,58 +108,80 @@ class LowRank:
         return self.variance.expand(-1, *self.factors.shape[2:]).flatten(1)
 
     @property
-    def _u(self) -> Tensor:
+    def _w(self) -> Tensor:
         return self.factors.flatten(2)
+
+    @property
+    def _m(self) -> Tensor:
+        if self.mixing is not None:
+            return self.mixing
+        return torch.eye(self.factors.shape[1], dtype=self.factors.dtype, device=self.factors.device)[None]
 
     @property
     def _divisible(self) -> Tensor:
         """v, not below what rounding makes of U U^T: a coordinate may vary by the factors alone."""
-        own = self._u.square().sum(1)
-        return self._v.maximum(4 * torch.finfo(own.dtype).eps * own).clamp(min=_floor(own.dtype))
+        most = self._w.square().sum(1)
+        return self._v.maximum(4 * torch.finfo(most.dtype).eps * most).clamp(min=_floor(most.dtype))
+
+    def _gram(self, weight: Tensor) -> Tensor:
+        """U^T diag(weight) U, (m or 1, rank, rank)."""
+        w, m = self._w, self._m
+        return m @ ((w * weight[:, None]) @ w.mT) @ m.mT
+
+    def _down(self, flat: Tensor) -> Tensor:
+        """U^T x of x (m, d), (m, rank)."""
+        w = self._w
+        z = flat @ w[0].mT if len(w) == 1 else (w @ flat[..., None])[..., 0]
+        return (self._m @ z[..., None])[..., 0]
+
+    def _up(self, z: Tensor) -> Tensor:
+        """U z of z (m, rank), (m, d)."""
+        w, z = self._w, (self._m.mT @ z[..., None])[..., 0]
+        return z @ w[0] if len(w) == 1 else (w.mT @ z[..., None])[..., 0]
 
     def apply(self, v: Tensor) -> Tensor:
         c = self.basis.to_spectral(v)
-        flat = c.flatten(1)[..., None]
-        out = self._v[..., None] * flat + self._u.mT @ (self._u @ flat)
-        return self.basis.from_spectral(out.reshape(c.shape))
+        flat = c.flatten(1)
+        return self.basis.from_spectral((self._v * flat + self._up(self._down(flat))).reshape(c.shape))
 
     def draw(self, noise: Tensor) -> Tensor:
-        # D^(1/2) (I + W W^T)^(1/2) noise with W = D^(-1/2) U; with W^T W = Q diag(l) Q^T the root is
-        # I + W Q diag((sqrt(1 + l) - 1) / l) Q^T W^T
-        root = self._divisible.sqrt()
-        w = self._u / root[:, None]  # W^T
-        values, q = torch.linalg.eigh(w @ w.mT)
+        # D^(1/2) (I + B B^T)^(1/2) noise with B = D^(-1/2) U; with B^T B = Q diag(l) Q^T the root is
+        # I + B Q diag((sqrt(1 + l) - 1) / l) Q^T B^T
+        v = self._divisible
+        root = v.sqrt()
+        values, q = torch.linalg.eigh(self._gram(1 / v))
         gain = 1 / (1 + (1 + values.clamp(min=0)).sqrt())
-        flat = noise.flatten(1)[..., None]
-        out = flat + (q.mT @ w).mT @ (gain[..., None] * (q.mT @ (w @ flat)))
-        return self.basis.from_spectral((root[..., None] * out).reshape(noise.shape))
+        flat = noise.flatten(1)
+        inner = q @ (gain[..., None] * (q.mT @ self._down(flat / root)[..., None]))
+        out = root * flat + self._up(inner[..., 0])
+        return self.basis.from_spectral(out.reshape(noise.shape))
 
     def log_prob(self, residual: Tensor) -> Tensor:
         c = self.basis.to_spectral(residual).flatten(1)
-        v, u = self._divisible, self._u
-        scaled = u / v[:, None]
-        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + scaled @ u.mT  # I + U^T D^-1 U
-        lower = torch.linalg.cholesky_ex(inner)[0]
-        small = torch.linalg.solve_triangular(lower, scaled @ c[..., None], upper=False)[..., 0]
+        v = self._divisible
+        gram = self._gram(1 / v)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        lower = torch.linalg.cholesky_ex(eye + gram)[0]  # of I + U^T D^-1 U
+        small = torch.linalg.solve_triangular(lower, self._down(c / v)[..., None], upper=False)[..., 0]
         quadratic = _sum(c.square() / v) - _sum(small.square())
         log_det = _sum(v.log()) + 2 * _sum(lower.diagonal(dim1=-2, dim2=-1).log())
         return -0.5 * (quadratic + log_det + c.shape[1] * math.log(2 * math.pi))
 
     def affine(self, scale: float, shift: float) -> LowRank:
         variance = (scale * self.variance + shift).clamp(min=_floor(self.variance.dtype))
-        return LowRank(variance, math.sqrt(scale) * self.factors, self.basis)
+        return LowRank(variance, math.sqrt(scale) * self.factors, self.basis, self.mixing)
 
     def given(self, precision: float) -> LowRank | Diagonal:
         if math.isinf(precision):
             return Diagonal(torch.zeros_like(self.variance), self.basis)
         # with D' = (D^-1 + a I)^-1 and U' = D' D^-1 U = U / (1 + a v) it is D' + U' (I + a U^T U')^-1 U'^T
-        u = self._u
-        kept = u / (1 + precision * self._v[:, None])
-        inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + precision * kept @ u.mT
-        lower = torch.linalg.cholesky_ex(0.5 * (inner + inner.mT))[0]
-        factors = torch.linalg.solve_triangular(lower, kept, upper=False)
-        variance = self.variance / (1 + precision * self.variance)
-        return LowRank(variance, factors.reshape(-1, *self.factors.shape[1:]), self.basis)
+        kept = 1 / (1 + precision * self._v)
+        gram = precision * self._gram(kept)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        lower = torch.linalg.cholesky_ex(eye + 0.5 * (gram + gram.mT))[0]
+        mixing = torch.linalg.solve_triangular(lower, self._m.expand(len(gram), -1, -1), upper=False)
+        factors = (self._w * kept[:, None]).reshape(-1, *self.factors.shape[1:])
+        return LowRank(self.variance / (1 + precision * self.variance), factors, self.basis, mixing)
 
 
 @final

@@ -146,8 +146,8 @@ class IsotropicCovariance:
         variances = torch.as_tensor(self.variances, dtype=torch.float64, device="cpu")
         if variances.ndim != (0 if self.ratios is None else 1):
             raise ValueError(
-                f"got variances of shape {tuple(variances.shape)}; expected one number, or (levels,) with the ratios of "
-                "the levels"
+                f"got variances of shape {tuple(variances.shape)}; expected one number, or (levels,) with the ratios "
+                "of the levels"
             )
         object.__setattr__(self, "_table", _table(variances, self.ratios, event_dim=0))
 

@@ -62,7 +62,7 @@ class Adapted:
         max_measurements: up to so many measured values the measurement's derivative is written out, which takes any
             program and covariance; more need an operator and a covariance with a common basis, or conjugate gradients.
         expansions: how often a program that is not linear in its latents is expanded at every step: about x0_hat, and
-            then about the mean given the expansion before. At least 1.
+            then on the way to the mode of x_0 given y. At least 1.
         solver: the settings of the conjugate gradients.
 
     Raises:
@@ -73,7 +73,7 @@ class Adapted:
     model: Callable[..., Any]
     covariance: CovarianceModel | None = None
     max_measurements: int = 64
-    expansions: int = 2
+    expansions: int = 4
     solver: ConjugateGradients = field(default_factory=ConjugateGradients)
 
     def __post_init__(self) -> None:

@@ -68,7 +68,8 @@ class ConjugateGradients:
     exact_entries: int = 1024
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < float("inf") or min(self.max_iterations, self.colours) < 1 or self.exact_entries < 0:
+        whole = min(self.max_iterations, self.colours) >= 1 and self.exact_entries >= 0
+        if not 0 < self.tolerance < float("inf") or not whole:
             raise ValueError(f"got {self}; expected a positive tolerance in nats and positive whole numbers")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from smcdiff.diffusion.covariance import Diagonal
@@ -38,8 +39,8 @@ class Conditioning:
 
     Args:
         max_measurements: up to so many measured values H is written out.
-        expansions: how often a program that is not linear is expanded, about x0_hat first and then about the mean
-            given the expansion before.
+        expansions: how often a program that is not linear is expanded, about x0_hat or the mean given a normal law
+            near the program's own first, and then on the way to the mode of x_0 given y.
         solver: the settings of the conjugate gradients.
     """
 
@@ -73,26 +74,21 @@ class Conditioning:
         surrogate: DiagonalMeasurement | IterativeMeasurement | None = None
         if spectral is not None:
             surrogate = diagonal_measurement(program, spectral.basis)
-            if (
-                surrogate is None
-                and count > self.max_measurements
-                and picture is not None
-                and len(spectral.variance) == 1
-            ):
+            many = count > self.max_measurements
+            if surrogate is None and many and picture is not None and len(spectral.variance) == 1:
                 surrogate = _iterative(program, spectral.basis, self.solver, highest)
         if surrogate is not None and picture is not None and picture.exact:
             return surrogate
         expand = self._expansion(program, held, spectral, surrogate, count)
         if at:
             return expand({**mean, **at})
-        if surrogate is not None:
-            found = expand(surrogate.condition(mean, covariances).mean())
-        else:
-            found = expand(mean)
-        linear = picture is not None and picture.exact
-        for _ in range(0 if linear else self.expansions - 1):
-            found = expand({**mean, **found.condition(mean, covariances).mean()})
-        return found
+        start = mean if surrogate is None else {**mean, **surrogate.condition(mean, covariances).mean()}
+        if self.expansions == 1 or (picture is not None and picture.exact):
+            return expand(start)
+        climb = _Climb(program, mean, held, covariances)
+        for _ in range(self.expansions - 1):
+            start = climb.higher(start, expand(start).condition(mean, covariances).mean())
+        return expand(start)
 
     def _expansion(
         self,
@@ -109,17 +105,49 @@ class Conditioning:
         if count <= self.max_measurements:
             check_laws(program, _WHO)
             return lambda at: few_measurements(program, at, held)
-        if spectral is not None:
-            basis, name = spectral.basis, measured_latent(program, spectral.basis)
-            if name is not None:
-                return lambda at: diagonal_expansion(program, {**at, **held}, name, basis)
-        names = sorted(program.latents)
-        raise TypeError(
-            f"{_WHO} got {count} measured values of {names} and found no way to condition on them: it needs one "
-            "diffusion prior under Gaussian or Poisson noise whose mean is affine in it, with one covariance for all "
-            "particles and no other latent, or operators and a covariance that are diagonal in one basis. Use another "
-            f"covariance or operator, Adapted(max_measurements={count}) if memory allows, or sd.TDS"
-        )
+        if spectral is None:
+            raise TypeError(
+                f"{_WHO} got {count} measured values of {sorted(program.latents)} and no way to condition on them: "
+                f"more than {self.max_measurements} need one diffusion prior with a covariance that is diagonal in a basis, "
+                f"such as a calibrated one. Use that, Adapted(max_measurements={count}) if memory allows, or sd.TDS"
+            )
+        basis, name = spectral.basis, measured_latent(program, spectral.basis)
+        if name is not None:
+            return lambda at: diagonal_expansion(program, {**at, **held}, name, basis)
+        check_laws(program, _WHO)
+        (picture,) = (name for name, latent in program.latents.items() if latent.is_diffusion)
+        return lambda at: curvature_expansion(program, {**at, **held}, picture, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class _Climb:
+    """The way to the mode of N(x_0; mean, covariances) p(y given x_0), each particle by itself."""
+
+    program: Program
+    mean: States
+    held: States
+    covariances: Covariances
+
+    def height(self, at: States) -> Tensor:
+        """log N(at; mean, covariances) + log p(y given at), (m,) of float64."""
+        total = self.program.log_prob({**at, **self.held})
+        for name, state in at.items():
+            total = total + self.covariances[name].log_prob(state - self.mean[name])
+        return total
+
+    def higher(self, at: States, towards: States) -> States:
+        """``towards``, or half the way there, or ``at``: the highest of the three."""
+        best, height = at, self.height(at)
+        for share in (0.5, 1.0):
+            tried = {name: torch.lerp(state, towards.get(name, state), share) for name, state in at.items()}
+            reached = self.height(tried)
+            rises = reached > height
+            height = torch.where(rises, reached, height)
+            best = {
+                name: torch.where(rises.reshape(-1, *(1,) * (state.ndim - 1)), tried[name], state)
+                for name, state in best.items()
+            }
+        return best
 
 
 def _spectral(program: Program, covariances: Covariances) -> Diagonal | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Iterator
@@ -193,6 +194,21 @@ def test_a_classifier_that_knows_nothing_gives_each_class_a_tenth_and_even_weigh
     assert pictures["draw"].shape == (1, 8, 8)
 
 
+def test_the_reference_weighs_draws_of_the_prior_by_the_guide() -> None:
+    """A guide that knows nothing: each label has the share that the judge gives it, a tenth on average."""
+    row, _ = study.reference(small_setting(0.0), 0, draws=70)
+    assert row["right"] == pytest.approx(0.1, rel=1e-5)
+    setting = dataclasses.replace(small_setting(30.0), judge=Brightness(200.0))
+    row, _ = study.reference(setting, 3, draws=70)
+    generator = torch.Generator().manual_seed(503)
+    x = torch.cat([setting.prior.chain.sample(count, generator) for count in (64, 6)])
+    p, judged = setting.guide(x).softmax(1), setting.judge(x).softmax(1)
+    shares = [sum(p[i, c] for i in range(70) if judged[i].argmax() == c) / p[:, c].sum() for c in range(10)]
+    assert row["right"] == pytest.approx(float(sum(shares)) / 10, rel=1e-5)
+    assert row["sure"] == sum(bool(one.max() > 0.9) for one in judged) / 70
+    assert 0 < row["sure"] < 1 and len({int(one.argmax()) for one in judged}) > 1
+
+
 @pytest.mark.filterwarnings("ignore:the method's last step is a point mass")
 @pytest.mark.parametrize("task", ["inpainting", "deblurring"])
 @pytest.mark.parametrize("method", study.RESTORERS)
@@ -220,7 +236,7 @@ def small_plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(study, "METHODS", {"TDS": sd.TDS})
     kept = dict(list(study.RESTORERS.items())[-2:])
     monkeypatch.setattr(study, "RESTORERS", kept)
-    for name in ("classes", "restoration"):
+    for name in ("classes", "restoration", "reference"):
         work = getattr(study, name)
 
         def watched(*args: object, work: object = work, **kwargs: object) -> object:
@@ -238,7 +254,7 @@ def test_a_stopped_study_goes_on_where_it_stood(
     monkeypatch.setattr("sys.argv", ["study", *arguments, str(tmp_path)])
     study.main()
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert len(rows) == len(small_plan) == len(set(small_plan)) == 2 * (2 * 1 * 2 + 2 * 10 * 1)
+    assert len(rows) == len(small_plan) == len(set(small_plan)) == 2 * (1 + 2 * 1 * 2 + 2 * 10 * 1)
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:20]) + "\n")
     study.main()
     assert len(small_plan) == 2 * len(rows) - 20
