@@ -27,6 +27,7 @@ class Entry:
         twist: (module, class) of the twist, made without arguments; None for the method's own.
         weighted: whether it is run with many weighted particles as well.
         variance: of the chain, for many particles.
+        last_ratio: sigma / alpha of the last level before 0, in deviations of the data, on a grid that stops early.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     twist: tuple[str, str] | None = None
     weighted: bool = True
     variance: Literal["posterior", "optimal", "full"] = "optimal"
+    last_ratio: float = 0.1
 
     def load(self) -> Callable[..., Any]:
         """The method as a function of the program and settings.
@@ -56,7 +58,8 @@ def _get(module: str, name: str) -> Any:
 _FLOOR = {"min_variance": 1.0}
 
 CATALOGUE = (
-    Entry("Adapted", "adapted", "Adapted", published={}, variance="full"),
+    Entry("Adapted", "adapted", "Adapted", published={}, variance="full", last_ratio=1.0),
+    Entry("Tilted", "tilted", "Tilted", published={}, variance="full"),
     Entry("TDS, Tweedie twist", "tds", "TDS", published={}, twist=("twists", "TweedieTwist")),
     Entry("TDS, PiGDM twist", "tds", "TDS", published={}, twist=("pigdm", "PiGDMTwist")),
     Entry("TDS, DMPS twist", "tds", "TDS", published={}, twist=("dmps", "DMPSTwist")),

@@ -2,7 +2,8 @@
 
     python benchmarks/methods_page.py
 
-reads ``methods.jsonl`` (methods_table.py), ``mixture.jsonl`` (mixture.py) and ``peers.json`` (peers.py), and runs nothing.
+reads ``methods.jsonl`` (methods_table.py), ``mixture.jsonl`` (mixture.py) and ``peers.json`` (peers.py), and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ the root mean squared distance of draws from the exact mean over its true value,
 should be 1.
 
 With **n particles** the chain has the optimal variance (full for `Adapted`), and the settings are those of
-`benchmarks/catalogue.py`: `min_variance=1` where a proposal is narrower than the chain, gain 1 for DMPS. *Error* is that
-of one run's mean, in posterior standard deviations, root mean square over runs: of n independent exact draws it would
-be 0.25, 0.063 and 0.016. *log Z* is the median error of one run's log-evidence in nats. *ms* is the processor time of a
-run of 256 particles. Forward and backward are network evaluations per particle; MMPS, TMPD and the Tweedie twist take
-further products back through the network within their twist, which are not among them.
+`benchmarks/catalogue.py`: `min_variance=1` where a proposal is narrower than the chain, gain 1 for DMPS. *Error* is
+that of one run's mean, in posterior standard deviations, root mean square over runs: of n independent exact draws it
+would be 0.25, 0.063 and 0.016. *log Z* is the median error of one run's log-evidence in nats. *ms* is the processor
+time of a run of 256 particles. Forward and back are network evaluations per particle; MMPS, TMPD and the Tweedie twist
+take further products back through the network within their twist, which are not among them.
 """
 
 MIXTURE = """## The mixture of MCGDiff
@@ -54,18 +55,19 @@ for each problem, 100 network evaluations per particle. *Ratio* is the sliced Wa
 that of as many exact draws; the goal is a median of at most 1.15 on every cell, and of at most 0.1 nat for the error of
 the log-evidence. *Modes* is half the summed error of the components' weights. Medians over seeds.
 
-The schedule's rates rise as published for 1000 steps and on for 300 more: at the published end alpha_T = 0.0063 the
-components of the 800-dimensional prior are still 1 to 4 standard deviations of the noise apart, and a chain that begins
-at N(0, I) has lost some of them. The last table of this section shows what that costs.
+The schedule's rates rise as published for 1000 steps and on for 300 more. At the published end, sigma / alpha = 157,
+the farthest components of the 80- and 800-dimensional priors, 286 and 905 from each other, are not forgotten yet, and a
+chain that begins at N(0, I) has lost some of them at any number of steps. The last table of this section shows what
+that costs. Steps are even in log(sigma / alpha).
 """
 
 PEERS = """## Beside deepinv and azula
 
-`benchmarks/peers.py`: a Gaussian field of 8 × 8 pixels on [-1, 1], half of the pixels measured, noise 0.1, the same exact
-denoiser for all, each library's default schedule and settings. *Width* is the standard deviation of the draws over that
-of the posterior, median over seen and over unseen pixels; *mean* is the root mean square error of the draws' mean in
-posterior standard deviations, 0.04 for 512 exact draws. Passes are per draw. Samplers with "n =" are one particle filter
-of so many particles; all others are independent draws.
+`benchmarks/peers.py`: a Gaussian field of 8 × 8 pixels on [-1, 1], half of the pixels measured, noise 0.1, the same
+exact denoiser for all, each library's default schedule and settings. *Width* is the standard deviation of the draws
+over that of the posterior, median over seen and over unseen pixels; *mean* is the root mean square error of the draws'
+mean in posterior standard deviations, 0.04 for 512 exact draws. Passes are per draw. Samplers with "n =" are one
+particle filter of so many particles; all others are independent draws.
 """
 
 

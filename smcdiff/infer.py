@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,8 +265,7 @@ class SMC:
     def _kept(self, program: Program) -> Checkpoint | None:
         if self._checkpoint is None:
             return None
-        method = {f.name: repr(getattr(self.kernel, f.name)) for f in fields(self.kernel) if f.name != "model"}  # type: ignore[arg-type]
-        identity = {"method": f"{type(self.kernel).__name__} {method}", **program.identity()}
+        identity = {"method": describe(self.kernel), **program.identity()}
         return Checkpoint(self._checkpoint, identity, every_seconds=CHECKPOINT_SECONDS)
 
     @property

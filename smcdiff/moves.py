@@ -24,8 +24,11 @@ from tqdm.auto import tqdm
 
 from smcdiff.diagnostics.provenance import describe, references, versions, write_references
 from smcdiff.guidance.base import Method
+from smcdiff.guidance.deferred import WeighsAtTheEnd
+from smcdiff.guidance.potentials import Steers
 from smcdiff.guidance.predictive import Call
 from smcdiff.guidance.program import Program
+from smcdiff.guidance.time_travel import Travels
 from smcdiff.guidance.twisted import TwistedModel
 from smcdiff.infer import predictive_groups
 from smcdiff.smc import FilterError, ParticleFilter, Records, faults
@@ -77,6 +80,7 @@ class ParticleGibbs:
 
     def run(self, *args: Any, **kwargs: Any) -> ParticleGibbs:
         """Condition the program on these arguments and run; returns itself. The first path is a plain filter's."""
+        _check_method(self.kernel)
         program = Program(self.kernel.model, args, kwargs)
         model = TwistedModel(program, self.kernel, self._max_batch)
         seed, generator = _generator(self._seed, program)
@@ -159,6 +163,7 @@ class MarginalMH:
 
     def run(self, *args: Any, **kwargs: Any) -> MarginalMH:
         """Condition the program on these arguments and run from draws of the prior; returns itself."""
+        _check_method(self.kernel)
         program = Program(self.kernel.model, args, kwargs)
         unknown = [site for site in self.sites if site not in program.latents or program.latents[site].is_diffusion]
         if unknown or not self.sites:
@@ -177,6 +182,11 @@ class MarginalMH:
             states = self._filter.iterate(inner, num_particles=n, num_chains=len(theta), seed=seed, records=light)
             last = deque(states, maxlen=1).pop()
             faults.check(last, inner, zero_allowed=True)
+            if not inner.has_density:
+                raise ValueError(
+                    f"got {type(self.kernel).__name__}, whose last step is a point mass and has no evidence to accept "
+                    "by; give the prior variance='optimal', or take another method"
+                )
             impossible = faults.all_zero(last)  # theta without a weighted particle: an estimate of zero
             index = torch.multinomial(last.w.masked_fill(impossible[:, None], 1.0), 1, generator=generator)[:, 0]
             chain = torch.arange(len(theta), device=index.device)
@@ -279,6 +289,21 @@ def _about(kernel: Method, moves: object) -> dict[str, str]:
 def _generator(seed: int | None, program: Program) -> tuple[int, torch.Generator]:
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     return seed, torch.Generator(program.device).manual_seed(seed)
+
+
+def _check_method(kernel: Method) -> None:
+    """Refuse methods that are more than a twist and a proposal.
+
+    Raises:
+        ValueError: for jumps in time, potentials of a particle's past, or weights at the end.
+    """
+    travels = isinstance(kernel, Travels) and kernel.travel is not None
+    at_the_end = isinstance(kernel, WeighsAtTheEnd) and kernel.weighs_at_the_end
+    if travels or at_the_end or isinstance(kernel, Steers):
+        raise ValueError(
+            f"got {type(kernel).__name__}, which jumps in time or weighs particles by their past; a Markov chain's "
+            "moves need a twist and a proposal alone. Use sd.Adapted, sd.TDS or another such method"
+        )
 
 
 def _check(got: dict[str, int], least: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smcdiff.diffusion.chain import ReverseChain
-from smcdiff.diffusion.covariance_models import BASES, SpectralBasis, SpectralCovariance
+from smcdiff.diffusion.covariance_models import BASES, SpectralBasis, SpectralCovariance, check_basis
 from smcdiff.diffusion.smoothing import smoothed
 
 __all__ = ["Calibration", "calibrate"]
@@ -91,6 +91,7 @@ def calibrate(
         raise ValueError("got images with NaN or infinite values; leave them out")
     if basis not in BASES:
         raise ValueError(f"got the basis {basis!r}; expected one of {sorted(BASES)}")
+    check_basis(basis, denoiser.event_shape)
     to_spectral = BASES[basis].to_spectral
     images = images.to(denoiser.device, denoiser.dtype)
     generator = torch.Generator(images.device).manual_seed(seed)

@@ -166,7 +166,7 @@ class ReverseChain:
         for k in range(self.num_steps, 0, -1):
             law = self.transition(k, x[None], self.estimate(k, x[None]))
             mean = law.mean[0]
-            if self.variance == "full":
+            if isinstance(law, StructuredGaussian) or self.variance == "full":
                 x = pyro.sample(f"{name}_{k - 1}", LawOfOne(law))
             elif law.variance is None:
                 x = pyro.sample(f"{name}_{k - 1}", dist.Delta(mean, event_dim=event_dim))
@@ -207,7 +207,7 @@ class LawOfOne(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, self.event_dim)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (immutable)
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """(*sample_shape, *event)."""
         draws = [self.law.sample(torch.randn_like(self.law.mean)) for _ in range(torch.Size(sample_shape).numel())]
         return torch.cat(draws).reshape(torch.Size(sample_shape) + self.event_shape)

@@ -40,6 +40,7 @@ __all__ = [
     "KnowsCovariance",
     "SpectralBasis",
     "SpectralCovariance",
+    "check_basis",
 ]
 
 SpectralBasis = Literal["dct", "fft", "pixels"]
@@ -186,6 +187,7 @@ class SpectralCovariance:
         if ratios is None and variances.ndim < 1:
             raise ValueError("got one number; expected the spectrum of an event, or sd.IsotropicCovariance")
         self.table = _table(variances.double().cpu(), ratios, event_dim=1)
+        check_basis(basis, self.event_shape)
 
     def __repr__(self) -> str:
         shape, total = tuple(self.table.variances.shape), float(self.table.variances.log().sum())
@@ -286,3 +288,16 @@ def _resampled(values: Tensor, axis: int, size: int, *, periodic: bool) -> Tenso
     high = (low + 1) % old if periodic else (low + 1).clamp(max=old - 1)
     weight = (place - low).reshape(-1, *(1,) * (-1 - axis))
     return values.index_select(axis, low) * (1 - weight) + values.index_select(axis, high) * weight
+
+
+def check_basis(basis: str, event_shape: torch.Size) -> None:
+    """Refuse a basis of pictures for events that are none.
+
+    Raises:
+        ValueError: for cosines or Fourier over fewer than two dimensions.
+    """
+    if basis != "pixels" and len(event_shape) < 2:
+        raise ValueError(
+            f"got the basis {basis!r} for events of shape {tuple(event_shape)}; it takes the last two dimensions of "
+            'pictures. Use basis="pixels"'
+        )

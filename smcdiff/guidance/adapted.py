@@ -79,8 +79,8 @@ class Adapted:
     def __post_init__(self) -> None:
         if self.expansions < 1:
             raise ValueError(f"got expansions {self.expansions}; expected at least 1, about x0_hat")
-        if not isinstance(self.model, FullChains):
-            object.__setattr__(self, "model", FullChains(self.model, self.covariance))
+        plain = self.model.model if isinstance(self.model, FullChains) else self.model
+        object.__setattr__(self, "model", FullChains(plain, self.covariance))
 
     @property
     def forward_only(self) -> bool:

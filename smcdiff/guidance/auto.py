@@ -1,6 +1,6 @@
 r"""The choice of a method for a program, with its reason.
 
-the priors know Cov[x_0 given x_t] and the measurement is linear (or few values)   sd.Adapted
+the priors know Cov[x_0 given x_t] and the noise has a variance                    sd.Adapted
 at most 64 measured values, noise of known variance                                sd.TDS with sd.TweedieTwist
 more, noise of known variance                                                      sd.TDS with sd.WidenedTwist
 any other likelihood with a gradient                                               sd.TDS with sd.PointTwist
@@ -79,7 +79,7 @@ def auto(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     try:
         method: Method = Adapted(model)
         _try(method, args, kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         passed.append(f"not sd.Adapted: {_first_line(error)}")
     else:
         return Choice(
@@ -118,7 +118,8 @@ def _try(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, latent in program.latents.items():
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn((1, *latent.chain.shape), generator=generator, dtype=torch.float64)
-            x[name] = (latent.chain.initial_scale * noise).to(program.device, program.dtype).requires_grad_()
+            drawn = (latent.chain.initial_scale * noise).to(program.device, program.dtype)
+            x[name] = (latent.chain.initial_mean + drawn).requires_grad_()
         estimates = {name: latent.chain.estimate(k, x[name]) for name, latent in program.latents.items()}
         prediction = Prediction(program, k, x, estimates)
         if isinstance(method.proposal, JointProposal):

@@ -29,10 +29,15 @@ __all__ = [
     "Proposal",
     "SiteStep",
     "Transition",
+    "TransitionLaw",
     "Twist",
     "WithHeld",
     "log_ratio",
 ]
+
+
+#: p or q of one latent.
+TransitionLaw = Gaussian | StructuredGaussian
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class IndependentTransition:
         laws: {site: (p, q)}.
     """
 
-    laws: dict[str, tuple[Gaussian | StructuredGaussian, Gaussian | StructuredGaussian]]
+    laws: dict[str, tuple[TransitionLaw, TransitionLaw]]
 
     def sample(self, noise: Callable[[torch.Size], Tensor]) -> dict[str, Tensor]:
         return {name: q.sample(noise(p.mean.shape)) for name, (p, q) in self.laws.items()}

@@ -273,7 +273,6 @@ class IterativeMeasurement:
         slope = self.system.backward(residual)
         return _IterativeConditioned(self.name, m, c.variance.double(), value, slope, self.system)
 
-
     def expanded(self, program: Program, at: States) -> IterativeExpansion:
         """The program's own law about ``at``, with this curvature."""
         value, gradient = slope_at(program, at, self.name)

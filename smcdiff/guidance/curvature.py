@@ -80,8 +80,8 @@ def survey(program: Program, name: str, basis: Basis) -> Survey:
     def residual(picture: Tensor) -> Tensor:
         return whitened_residual(program, {**probe, name: picture})
 
-    at_probe, back = torch.func.vjp(residual, x)  # u -> H^T u, whose own transpose is v -> H v
-    _, ahead = torch.func.vjp(lambda u: back(u)[0], torch.zeros_like(at_probe))
+    at_probe, back = torch.func.vjp(residual, x)[:2]  # u -> H^T u, whose own transpose is v -> H v
+    ahead = torch.func.vjp(lambda u: back(u)[0], torch.zeros_like(at_probe))[1]
 
     def product(v: Tensor) -> Tensor:
         (image,) = back(ahead(v)[0])

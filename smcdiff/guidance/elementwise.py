@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from smcdiff.diffusion.covariance import Diagonal
+from smcdiff.guidance.gauss_newton import whitened
 from smcdiff.guidance.picture import foretold_variance, innermost, picture_measurement
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Covariances, Noise, States
@@ -153,13 +154,17 @@ def diagonal_measurement(program: Program, basis: Basis) -> DiagonalMeasurement 
 
 
 def slope_at(program: Program, at: States, name: str) -> tuple[Tensor, Tensor]:
-    """log p(y given at), (m,) of float64, and its gradient with respect to one latent, (m, *shape)."""
+    """log p(y given at), (m,) of float64, and the Gauss-Newton slope H^T r of one latent, (m, *shape)."""
     states = {site: value.detach() for site, value in at.items()}
+    value = program.log_prob(states)
+
+    def squares(site: str, fn: Distribution, y: Tensor) -> Tensor:
+        return -0.5 * whitened(site, fn, y).square()
+
     with torch.enable_grad():
         states[name] = states[name].requires_grad_()
-        value = program.log_prob(states)
-        (gradient,) = torch.autograd.grad(value.sum(), states[name])
-    return value.detach(), gradient
+        (slope,) = torch.autograd.grad(program.log_prob(states, squares).sum(), states[name])
+    return value, slope
 
 
 @per_program

@@ -30,6 +30,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal
 
+from smcdiff.guidance.picture import foretold_variance
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Covariances, Noise, States
 from smcdiff.guidance.singular import per_program
@@ -152,7 +153,11 @@ def check_laws(program: Program, who: str) -> None:
 
 
 def whitened(name: str, fn: Distribution, value: Tensor) -> Tensor:
-    """Sigma^(-1/2) (y - h), of the shape of y; nothing flows back through Sigma."""
+    """Sigma^(-1/2) (y - h), of the shape of y; nothing flows back through Sigma.
+
+    Where the variance grows with the mean it is not taken below a quarter of the one that y foretells: far from the
+    measurement, where few counts are expected and many were seen, the law's own variance promises far too much.
+    """
     if value.numel() == 0:  # a factor: a likelihood that measures nothing
         return value
     if isinstance(fn, Independent):
@@ -167,7 +172,13 @@ def whitened(name: str, fn: Distribution, value: Tensor) -> Tensor:
     law: Any = fn
     known = gaussian_moments(fn) or poisson_moments(fn)
     loc, variance = (law.mean, law.variance) if known is None else (known.loc, known.variance)
+    if known is not None:
+        variance = torch.maximum(variance, _LEAST * foretold_variance(law, value.to(variance.dtype)))
     return (value - loc) * variance.detach().rsqrt()
+
+
+#: Least share of the variance foretold by y.
+_LEAST = 0.25
 
 
 def _flat(rows: Tensor) -> Tensor:

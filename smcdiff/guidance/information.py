@@ -39,8 +39,8 @@ class Conditioning:
 
     Args:
         max_measurements: up to so many measured values H is written out.
-        expansions: how often a program that is not linear is expanded, about x0_hat or the mean given a normal law
-            near the program's own first, and then on the way to the mode of x_0 given y.
+        expansions: how often a program that is not linear is expanded, about x0_hat first and then on the way to the
+            mode of x_0 given y; under noise of which a normal law is near, twice in any case, from that law's mean.
         solver: the settings of the conjugate gradients.
     """
 
@@ -82,12 +82,14 @@ class Conditioning:
         expand = self._expansion(program, held, spectral, surrogate, count)
         if at:
             return expand({**mean, **at})
-        start = mean if surrogate is None else {**mean, **surrogate.condition(mean, covariances).mean()}
-        if self.expansions == 1 or (picture is not None and picture.exact):
-            return expand(start)
-        climb = _Climb(program, mean, held, covariances)
-        for _ in range(self.expansions - 1):
-            start = climb.higher(start, expand(start).condition(mean, covariances).mean())
+        if surrogate is not None:  # near enough for a single step from its mean to the mode
+            once = expand(surrogate.condition(mean, covariances).mean())
+            return expand(once.condition(mean, covariances).mean())
+        start = mean
+        if picture is None or not picture.exact:
+            climb = _Climb(program, mean, held, covariances)
+            for _ in range(self.expansions - 1):
+                start = climb.higher(start, expand(start).condition(mean, covariances).mean())
         return expand(start)
 
     def _expansion(
@@ -108,7 +110,7 @@ class Conditioning:
         if spectral is None:
             raise TypeError(
                 f"{_WHO} got {count} measured values of {sorted(program.latents)} and no way to condition on them: "
-                f"more than {self.max_measurements} need one diffusion prior with a covariance that is diagonal in a basis, "
+                f"more than {self.max_measurements} need one diffusion prior with a covariance diagonal in a basis, "
                 f"such as a calibrated one. Use that, Adapted(max_measurements={count}) if memory allows, or sd.TDS"
             )
         basis, name = spectral.basis, measured_latent(program, spectral.basis)

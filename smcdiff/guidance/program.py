@@ -135,7 +135,7 @@ class Program:
             values={name: sites[name]["value"] for name in laws},
             laws={name: sites[name]["fn"] for name in self.observed},
             weighted={
-                name for name in self.observed if sites[name]["mask"] is not None or not _is_one(sites[name]["scale"])
+                name for name in self.observed if _masks(sites[name]["mask"]) or not _is_one(sites[name]["scale"])
             },
         )
         if not laws:
@@ -144,7 +144,7 @@ class Program:
                 "evidence is pyro.poutine.trace(model).get_trace(...).log_prob_sum()"
             )
         for name in laws:
-            if sites[name]["mask"] is not None or not _is_one(sites[name]["scale"]):
+            if _masks(sites[name]["mask"]) or not _is_one(sites[name]["scale"]):
                 raise ValueError(
                     f"got the latent {name!r} under poutine.scale or poutine.mask; a chain has the density of its "
                     "prior. Change the prior itself, or weigh it by pyro.factor"
@@ -257,6 +257,12 @@ class Program:
             settings = f"{chain.num_steps} steps, eta {chain.eta}, {chain.variance} variance, clip {chain.clip}"
             settings += "" if chain.start is None else f", {chain.start}"
             shown = f"x0_hat {float(top.double().sum()):.5g}, {float(bottom.double().sum()):.5g}"
+            levels = sum(level.alpha + 3 * level.sigma * k for k, level in enumerate(chain.levels))
+            shown += f", levels {levels:.8g}"
+            if chain.variance == "full":
+                with torch.no_grad():
+                    laws = [chain.transition(k, noise, chain.estimate(k, noise)) for k in (chain.num_steps, 1)]
+                shown += ", steps " + ", ".join(f"{float(law.sample(noise).double().sum()):.6g}" for law in laws)
             sites.append(f"{name} {tuple(chain.shape)}: {settings}, {shown}")
         data = [f"{name} {tuple(y.shape)}: {float(y.double().sum()):.8g}" for name, y in self.observed.items()]
         with torch.no_grad():
@@ -374,6 +380,11 @@ def _diffusion_chains(laws: dict[str, Distribution]) -> dict[str, ReverseChain]:
                 "cannot be weighed on it. Take eta in (0, 1]"
             )
     return chains
+
+
+def _masks(mask: Any) -> bool:
+    """Whether a site's mask may leave anything out."""
+    return mask is not None and mask is not True
 
 
 def _is_one(scale: Any) -> bool:

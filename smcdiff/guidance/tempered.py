@@ -18,7 +18,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,8 @@ def tempered(
     """
     if not 0 < ess_share < 1:
         raise ValueError(f"got ess_share {ess_share}; expected a share of the particles in (0, 1)")
+    if "twist" not in {field.name for field in fields(kernel)}:
+        raise TypeError(f"got {type(kernel).__name__}, whose twist is its own; tempering takes one such as sd.TDS")
     pilot = _Pilot(TwistedModel(Program(kernel.model, args, kwargs), kernel), ess_share)
     every_step = ParticleFilter(ess_threshold=1.0)
     every_step.run(pilot, num_particles=num_particles, num_chains=num_chains, seed=seed)

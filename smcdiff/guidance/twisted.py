@@ -33,6 +33,7 @@ from smcdiff.guidance.base import (
     Prediction,
     SiteStep,
     Transition,
+    TransitionLaw,
     WithHeld,
 )
 from smcdiff.guidance.program import Program
@@ -133,7 +134,8 @@ class TwistedModel:
     def _transition(self, i: int, particles: Particles, *, weighted: bool = True) -> Transition:
         """p and q of filter step i, from what particles carry; particles and chains in one axis."""
         k = self.num_steps + 1 - i
-        steps, laws = {}, {}
+        steps: dict[str, SiteStep] = {}
+        laws: dict[str, tuple[TransitionLaw, TransitionLaw]] = {}
         for name, latent in self.program.latents.items():
             x_t = particles[name].flatten(0, 1)
             if name in self.program.held:
@@ -145,11 +147,11 @@ class TwistedModel:
             parts = {key[len(_OF_COVARIANCE) :]: v for key, v in here.items() if key.startswith(_OF_COVARIANCE)}
             estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"), parts)
             p = latent.chain.transition(k, x_t, estimate)
-            step = latent.chain.step(k)
+            coefficients = latent.chain.step(k)
             own = None
             if f"{_OWN}x0_hat" in here:
                 own = Estimate(here[f"{_OWN}x0_hat"], here.get(f"{_OWN}variance"), here.get(f"{_OWN}fraction"))
-            steps[name] = SiteStep(self.program, name, k, step, x_t, estimate, p, here.get("gradient"), own)
+            steps[name] = SiteStep(self.program, name, k, coefficients, x_t, estimate, p, here.get("gradient"), own)
         proposal = self.method.proposal
         if isinstance(proposal, JointProposal):
             kept = {key: v.flatten(0, 1) for key, v in particles.items() if key.startswith(_CARRIED)}
@@ -157,12 +159,12 @@ class TwistedModel:
             held = {name: particles[name].flatten(0, 1) for name in laws}
             return WithHeld(proposal.transition(steps, held, carried), IndependentTransition(laws))
         for name, step in steps.items():
-            p, q = step.p, proposal.q(step)
-            if isinstance(q, Gaussian) and q.variance is None and q is not p:
+            law, q = step.p, proposal.q(step)
+            if isinstance(q, Gaussian) and q.variance is None and q is not law:
                 # a point mass other than the chain's own has no weight: weighted particles keep to the chain,
                 # and a single one, which needs no weight, goes without evidence
-                q, self.has_density = (p, self.has_density) if weighted else (q, False)
-            laws[name] = (p, q)
+                q, self.has_density = (law, self.has_density) if weighted else (q, False)
+            laws[name] = (law, q)
         return IndependentTransition(laws)
 
     def evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:

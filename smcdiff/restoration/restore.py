@@ -1,13 +1,13 @@
 r"""Restoration of a picture: the posterior of the scene given a picture of it, from many short particle filters.
 
 The scene x has a diffusion prior, the picture is y = window(A(x)) + noise, and the posterior comes from b independent
-chains of n particles. Where the noise is Gaussian with a known level and the prior knows its covariance of x_0 given
-x_t, as those that ship do, they move by the tilted denoiser, :class:`smcdiff.Tilted`; otherwise by twisted
-diffusion sampling with the widened twist, which did better there on real pictures (docs/sem_restoration.md). With
-thousands of measured pixels the exact weights of so few particles collapse onto one of them. They are reported, and the
-pictures are made from weights raised to the largest exponent that keeps half of the particles effective. Such pictures
-are close to what the guided chains propose; the exponent says how close (1: the weights as they are, near 0: hardly
-weighted at all).
+chains of n particles. Where all pixels were measured, the noise is Gaussian with a known level and the prior knows its
+covariance of x_0 given x_t, as those that ship do, they move by the tilted denoiser, :class:`smcdiff.Tilted`; otherwise
+by twisted diffusion sampling with the widened twist, which did better there on real pictures. With thousands of
+measured pixels the exact weights of so few particles collapse onto one of them. They are reported, and the pictures are
+made from weights raised to the largest exponent that keeps half of the particles effective. Such pictures are close to
+what the guided chains propose; the exponent says how close (1: the weights as they are, near 0: hardly weighted at
+all).
 
 References:
     L. Wu, B. Trippe, C. Naesseth, D. Blei, J. Cunningham, "Practical and Asymptotically Exact Conditional Sampling in
@@ -147,7 +147,8 @@ class Job:
             if mean.requires_grad:
                 torch.autograd.grad(mean.square().sum(), state)
             seconds.append(time.perf_counter() - started)
-        return min(seconds) * self.effort.steps * total / batch
+        passes = 1 if backward else 2  # the tilted denoiser takes two
+        return min(seconds) * passes * self.effort.steps * total / batch
 
     def run(self, progress: bool = True) -> Restoration:
         """Run the particle filters and weigh their particles.

@@ -150,7 +150,7 @@ def _thinned(name: str, law: Any, share: float) -> Any:
     if isinstance(law, Independent):
         return _thinned(name, law.base_dist, share).to_event(law.reinterpreted_batch_ndims)
     if isinstance(law, Poisson):
-        return dist.Poisson(share * law.rate)  # type: ignore[no-untyped-call]
+        return dist.Poisson(share * law.rate)
     if isinstance(law, Normal):
         return dist.Normal(law.loc, law.scale / math.sqrt(share))
     new: Any = copy.copy(law)

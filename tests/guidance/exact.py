@@ -37,12 +37,14 @@ def chain_law(prior: sd.DiffusionPrior, mean: Tensor, covariance: Tensor) -> Nor
         pull = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * eye)
         forward = step.b * eye + step.c * pull
         offset = step.c * (mean - alpha * pull @ mean)
+        left = covariance - alpha * pull @ covariance  # of x_0 given x_t
         spread = {
-            "posterior": step.kappa**2,
-            "fixed_large": step.beta if step.s.sigma > 0 else 0.0,
-            "optimal": step.kappa**2 + step.c**2 * float((covariance - alpha * pull @ covariance).trace()) / len(mean),
+            "posterior": step.kappa**2 * eye,
+            "fixed_large": (step.beta if step.s.sigma > 0 else 0.0) * eye,
+            "optimal": (step.kappa**2 + step.c**2 * float(left.trace()) / len(mean)) * eye,
+            "full": step.kappa**2 * eye + step.c**2 * left,
         }[chain.variance]
-        law = NormalLaw(forward @ law.mean + offset, forward @ law.covariance @ forward.mT + spread * eye)
+        law = NormalLaw(forward @ law.mean + offset, forward @ law.covariance @ forward.mT + spread)
     return law
 
 

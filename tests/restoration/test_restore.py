@@ -202,9 +202,32 @@ def test_draws_follow_the_weights_and_intervals_the_quantiles():
         result.interval(1)
 
 
+class Trained:
+    """A denoiser that does not tell its covariance, as a network does not."""
+
+    def __init__(self, shape):
+        self.exact = sd.GaussianDenoiser(*field(shape))
+        self.event_shape, self.dtype, self.device = self.exact.event_shape, torch.float64, torch.device("cpu")
+
+    def __call__(self, x_t, level):
+        return self.exact(x_t, level)
+
+
+def test_a_prior_without_a_covariance_is_restored_all_the_same():
+    mean, _ = field((1, 4, 4))
+    job = prepare(mean, sharp(Noise(0.3)), lambda s: sd.DiffusionPrior(Trained(s), sd.VPSchedule()), Effort(64, 4, 40))
+    assert job.prior.chain.variance == "fixed_large"
+    tilted = prepare(mean, sharp(Noise(0.3)), load, Effort(64, 4, 40))
+    assert tilted.prior.chain.variance == "full"
+    means = [job.run(progress=False).mean for job in (job, tilted)]
+    torch.testing.assert_close(*means, atol=0.15, rtol=0)
+
+
 def test_a_collapsed_run_is_tempered_to_half_its_particles():
     mean, _ = field((1, 8, 8))
-    job = prepare(mean + 3, sharp(Noise(0.05)), load, Effort(4, 4, 10))
+    job = prepare(
+        mean + 3, sharp(Noise(0.05)), lambda s: sd.DiffusionPrior(Trained(s), sd.VPSchedule()), Effort(4, 4, 10)
+    )
     result = job.run(progress=False)
     assert 0 < result.exponent < 1
     assert float(1 / result.run.log_w.exp().square().sum()) == pytest.approx(8, rel=1e-6)

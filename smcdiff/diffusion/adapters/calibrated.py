@@ -29,7 +29,9 @@ def save_covariance(folder: Path, covariances: list[SpectralCovariance]) -> None
     names = [covariance.basis_name for covariance in covariances]
     if len(set(names)) < len(names) or any(not torch.equal(c.table.ratios, ratios) for c in covariances):
         raise ValueError(f"got covariances in the bases {names}; expected one per basis, all at the same noise levels")
-    tensors = {covariance.basis_name: covariance.table.variances.float().contiguous() for covariance in covariances}
+    tensors: dict[str, torch.Tensor] = {
+        covariance.basis_name: covariance.table.variances.float().contiguous() for covariance in covariances
+    }
     save_file({"ratios": ratios, **tensors}, Path(folder) / FILE)
 
 

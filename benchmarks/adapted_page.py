@@ -1,0 +1,88 @@
+"""The table and the figure of docs/adapted.md from benchmarks/results/adapted_networks.jsonl.
+
+python benchmarks/adapted_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "adapted_networks.jsonl"
+PAGE = HERE.parent / "docs" / "adapted.md"
+FIGURE = HERE.parent / "docs" / "_static" / "adapted.png"
+BEGIN, END = "<!-- table of benchmarks/adapted_page.py -->\n", "<!-- end of table -->\n"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2g}" if abs(value) >= 1e5 else f"{value:.{digits}f}"
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    head = "prior | problem | method | passes forward + back | summed variance, nats² | roots"
+    head += " | log Z between chains, nats"
+    head += " | PSNR, dB | in 90 % interval | exact draws would | seconds a particle"
+    lines = [f"| {head} |", "|" + "---|" * 11]
+    for row in rows:
+        if "failed" in row:
+            cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 7]
+        else:
+            broken = row["psnr"] < 0
+            cells = [
+                row["prior"],
+                row["task"],
+                row["method"],
+                f"{row['forward']:.0f} + {row['backward']:.0f}",
+                number(row["sumvar"], 0),
+                "none resampled" if row["method"] == "tilted" else number(row["roots"], 1),
+                number(row["log_z_range"], 1),
+                "diverged" if broken else number(row["psnr"], 2),
+                "–" if broken else f"{100 * row['coverage']:.1f} %",
+                "–" if broken else f"{100 * row['nominal']:.1f} %",
+                number(row["seconds_per_particle"], 2),
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[dict[str, Any]]) -> None:
+    shown = [row for row in rows if row.get("psnr", -1) > 0]
+    panels = sorted({(row["prior"], row["task"]) for row in shown})
+    drawing, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, sharey=True)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        for row in shown:
+            if (row["prior"], row["task"]) == panel:
+                cost = row["forward"] + row["backward"]
+                ax.semilogx(cost, 10 ** (-row["psnr"] / 20) * 2, "o", color="tab:blue")
+                ax.annotate(row["method"], (cost, 10 ** (-row["psnr"] / 20) * 2), fontsize=7, xytext=(3, 3),
+                            textcoords="offset points")  # fmt: skip
+        ax.set(title=" ".join(panel), xlabel="network evaluations")
+        ax.margins(x=0.4)
+    axes[0, 0].set_ylabel("root mean square error of the mean, on [-1, 1]")
+    drawing.tight_layout()
+    FIGURE.parent.mkdir(exist_ok=True)
+    drawing.savefig(FIGURE, dpi=110)
+
+
+def main() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows.sort(key=lambda row: (row["prior"], row["task"]))
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(before + BEGIN + "\n" + table(rows) + "\n" + END + after)
+    figure(rows)
+
+
+if __name__ == "__main__":
+    main()
