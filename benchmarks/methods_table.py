@@ -124,6 +124,9 @@ def main() -> None:
             row |= run(entry, problem, n)
         except sd.FilterError as error:
             row["error"] = str(error)
+        except TypeError as error:
+            print(f"{entry.name} does not take it: {error}")
+            continue
         kept.add(row)
         print(row, flush=True)
 

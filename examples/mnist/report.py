@@ -129,8 +129,8 @@ def draw_figure(rows: list[Row], pictures: Path, file: Path) -> None:
                 for name in ("truth", "measured", "mean", "draw", "other draw")
             ]
             _show(axes, np.concatenate(strip, 1))
-            axes.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=7)
-    figure.savefig(file, dpi=110)
+            axes.set_ylabel(method.replace(", ", "\n", 1), rotation=0, ha="right", va="center", fontsize=7)
+    figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
@@ -156,8 +156,11 @@ def main() -> None:
     rows = [json.loads(line) for line in (arguments.out / "rows.jsonl").read_text().splitlines()]
     tables = {"class": class_table(chosen(rows, task="class"))}
     tables.update({task: picture_table(chosen(rows, task=task)) for task in ("inpainting", "deblurring")})
+    names = {"right": "right to the judge", "sure": "judge above 0.9"}
+    prior = chosen(rows, task="reference")
+    tables["reference"] = [{title: shown(*over_seeds(prior, name)) for name, title in names.items()}] if prior else []
     for task, table in tables.items():
-        print(f"\n{task}\n\n{markdown(table)}")
+        print(f"\n{task}\n\n{markdown(table) if table else 'no runs'}")
     print(f"\n{sum(row['seconds'] for row in rows) / 60:.1f} minutes of processor time in {len(rows)} runs")
     if arguments.json:
         settings = json.loads((arguments.out / "settings.json").read_text())

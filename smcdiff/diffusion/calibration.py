@@ -57,6 +57,10 @@ class Calibration:
         return "\n".join(lines)
 
 
+#: Added to the seed, so that pictures drawn with the same seed are not made of the same numbers as their noise.
+_STREAM = 1_618_033
+
+
 @torch.no_grad()
 def calibrate(
     chain: ReverseChain,
@@ -94,7 +98,7 @@ def calibrate(
     check_basis(basis, denoiser.event_shape)
     to_spectral = BASES[basis].to_spectral
     images = images.to(denoiser.device, denoiser.dtype)
-    generator = torch.Generator(images.device).manual_seed(seed)
+    generator = torch.Generator(images.device).manual_seed(_STREAM + seed)
     # the same noise at all levels, so that their sampling errors go together and neighbouring levels agree
     noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
     single = chain.expand(())

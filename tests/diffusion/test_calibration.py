@@ -1,4 +1,4 @@
-"""Calibration: measured spectra against exact ones, what the report says of residuals, and the file they are kept in."""
+"""Calibration: a measured covariance against the exact one, and what is said of residuals that do not fit."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_report_in_words() -> None:
     report = calibrate(prior(DCT).chain, draws(DCT, 4), progress=False)
     lines = str(report).splitlines()
     assert lines[0] == "spectral covariance (dct) from 4 pictures" and len(lines) == 2 + 5
-    assert [field.name for field in dataclasses.fields(Calibration)][0] == "covariance"
+    assert next(field.name for field in dataclasses.fields(Calibration)) == "covariance"
 
 
 def test_chunks_and_seeds() -> None:

@@ -179,10 +179,8 @@ def test_resized_to_the_same_frequencies(basis: str) -> None:
     """A spectrum that is a function of frequency: exact where frequencies are shared, close between them."""
 
     def spectrum(size: int) -> Tensor:
-        if basis == "dct":
-            f = torch.arange(size, dtype=F64) / (2 * size)  # cycles a pixel
-        else:
-            f = torch.fft.fftfreq(size, dtype=F64).abs()
+        cosines = torch.arange(size, dtype=F64) / (2 * size)  # cycles a pixel
+        f = cosines if basis == "dct" else torch.fft.fftfreq(size, dtype=F64).abs()
         f2 = f[:, None] ** 2 + f**2
         return (1 / (0.02 + f2))[None]
 
