@@ -7,6 +7,11 @@ Those of the two priors that ship were made by
 
 wafer64 on pictures of its generator that it was not trained on; sem64 on its own draws, since all pictures it was not
 trained on are kept for tests.
+
+With ``--head FILE`` the covariance that the prior has is left as it is, and a variance head that rescales it picture by
+picture (:mod:`smcdiff.diffusion.variance_head`) is fitted on other pictures and written to FILE:
+
+    python examples/calibrate_prior.py wafer64 --head head.safetensors --basis dct --images 256 --levels 16
 """
 
 from __future__ import annotations
@@ -20,8 +25,33 @@ import torch
 import smcdiff as sd
 from smcdiff.diffusion.adapters.calibrated import save_covariance
 from smcdiff.diffusion.calibration import calibrate
+from smcdiff.diffusion.covariance_models import SpectralBasis
+from smcdiff.diffusion.variance_head import fit_variance_head, save_head
 from smcdiff.zoo import FOLDER
 from smcdiff.zoo.wafer import Wafer
+
+
+def pictures(prior: sd.DiffusionPrior, draws: bool, number: int, seed: int) -> torch.Tensor:
+    """Pictures the prior was not trained on: its draws, or the wafer generator's."""
+    if draws:
+        long = prior.replace(num_steps=200, variance="fixed_large", grid=sd.LinspaceGrid())
+        generator = torch.Generator().manual_seed(seed)
+        parts = range(0, number, 64)
+        return torch.cat([long.chain.sample(min(64, number - start), generator) for start in parts])
+    drawn = Wafer(size=prior.event_shape[-1]).draw_images(np.random.default_rng(seed), number)
+    return torch.from_numpy(drawn).to(prior.chain.denoiser.dtype)
+
+
+def fit_head(prior: sd.DiffusionPrior, images: torch.Tensor, basis: SpectralBasis, seed: int, path: Path) -> None:
+    """Fit a head to a prior's covariance and write it down; in pixels, to one measured on the same images."""
+    covariance = prior.covariance
+    if basis == "pixels":
+        covariance = calibrate(prior.chain, images, basis=basis, seed=seed).covariance
+    if not isinstance(covariance, sd.SpectralCovariance):
+        raise SystemExit("the prior has no covariance yet; run this script without --head first")
+    fitted = fit_variance_head(prior.chain, images, covariance, seed=seed)
+    print(fitted)
+    save_head(path, fitted.covariance.head)
 
 
 def main() -> None:
@@ -32,22 +62,22 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--head", type=Path, help="fit a variance head instead, into this file")
+    parser.add_argument("--basis", choices=["dct", "fft", "pixels"], default="dct", help="of the head's covariance")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    prior = sd.load_prior(arguments.prior, num_steps=arguments.levels, grid=sd.LogGrid())
-    if arguments.draws:
-        long = prior.replace(num_steps=200, variance="fixed_large", grid=sd.LinspaceGrid())
-        generator = torch.Generator().manual_seed(arguments.seed)
-        parts = range(0, arguments.images, 64)
-        images = torch.cat([long.chain.sample(min(64, arguments.images - start), generator) for start in parts])
-    else:
-        size = prior.event_shape[-1]
-        pictures = Wafer(size=size).draw_images(np.random.default_rng(arguments.seed), arguments.images)
-        images = torch.from_numpy(pictures).to(prior.chain.denoiser.dtype)
+    basis: SpectralBasis = "fft" if arguments.basis == "fft" else "dct"
+    prior = sd.load_prior(arguments.prior, num_steps=arguments.levels, grid=sd.LogGrid(), basis=basis)
+    seed = arguments.seed
+    if arguments.head is not None:
+        images = pictures(prior, arguments.draws, arguments.images, seed + 1)
+        fit_head(prior, images, arguments.basis, seed + 1, arguments.head)
+        return
+    images = pictures(prior, arguments.draws, arguments.images, seed)
     covariances = []
-    for basis in ("dct", "fft"):
-        measured = calibrate(prior.chain, images, basis=basis, seed=arguments.seed)
+    for measured_basis in ("dct", "fft"):
+        measured = calibrate(prior.chain, images, basis=measured_basis, seed=seed)
         print(measured)
         covariances.append(measured.covariance)
     shipped = FOLDER / arguments.prior

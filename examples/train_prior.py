@@ -21,12 +21,18 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
 from smcdiff.restoration.images import read_image
 from smcdiff.training import Training
+from smcdiff.zoo.kernels import Kernels
 from smcdiff.zoo.wafer import Wafer
 
 
 def wafer_frames(size: int, number: int, seed: int) -> torch.Tensor:
-    """Pictures of the package's own generator, a few per cent of them with a defect."""
-    return torch.from_numpy(Wafer(size=size).draw_images(np.random.default_rng(seed), number))
+    """Pictures of the package's own generator, 3 % of them with a defect."""
+    return torch.from_numpy(Wafer(size=size, defect_rate=0.03).draw_images(np.random.default_rng(seed), number))
+
+
+def kernel_frames(size: int, number: int, seed: int) -> torch.Tensor:
+    """Blur kernels: simulated point-spread functions and traces of motion."""
+    return torch.from_numpy(Kernels(size).draw_images(np.random.default_rng(seed), number))
 
 
 def folder_frames(folder: Path, only: str | None) -> torch.Tensor:
@@ -65,7 +71,9 @@ def small_unet(side: int, channels: int, widths: list[int], attention: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "data", help="'wafer' for synthetic wafer pictures, or a folder of pictures of one size (PNG, TIFF)"
+        "data",
+        help="'wafer' for synthetic wafer pictures, 'kernels' for blur kernels, or a folder of pictures of one size "
+        "(PNG, TIFF)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to save the pipeline in")
     parser.add_argument("--only", help="train on this range of file names alone, such as 001-040")
@@ -88,6 +96,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     if arguments.data == "wafer":
         frames = wafer_frames(arguments.size, arguments.images, arguments.seed)
+    elif arguments.data == "kernels":
+        frames = kernel_frames(arguments.size, arguments.images, arguments.seed)
     else:
         frames = folder_frames(Path(arguments.data), arguments.only)
     factor = arguments.space_to_depth
@@ -104,6 +114,7 @@ def main() -> None:
         ema=arguments.ema,
         seed=arguments.seed,
         log_share=arguments.log_share,
+        upright=arguments.data == "kernels",  # the centre of an even grid is not that of its mirror image
         device=arguments.device,
     )
     checkpoint = arguments.out.with_suffix(".checkpoint.pt")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Training:
         save_every: steps between two checkpoints.
         log_share: share of the crops, in [0, 1], whose noise level is uniform in log(sigma_t / alpha_t).
         upright: whether pictures have a top and a left, as digits do; others are turned and mirrored at random.
+        measure: y of clean crops, ``measure(x_0, generator) -> y`` of the same rows and columns, for a conditional
+            network: it is given x_t and y, joined along the channels. None trains an unconditional one.
         device: where network and pictures are moved to. Crops are drawn on the CPU and so are the same everywhere; the
             noise is drawn on the device and is that device's own.
     """
@@ -58,6 +61,7 @@ class Training:
     save_every: int = 250
     log_share: float = 0.0
     upright: bool = False
+    measure: Callable[[Tensor, torch.Generator], Tensor] | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -72,7 +76,8 @@ class Training:
         The network is moved to the device and trained in place; what is returned is there too.
 
         Args:
-            network: takes (batch, channels, size, size) and integer training indices (batch,).
+            network: takes (batch, channels, size, size), the channels of y among them, and integer training indices
+                (batch,).
             frames: (number, channels, rows, columns) pictures on the scale [-1, 1].
             alphas_cumprod: alpha_bar on the training grid, shape (train_steps,).
             checkpoint: file to write to, atomically, and to resume from.
@@ -147,8 +152,11 @@ class Training:
         alpha_bar = alphas_cumprod[index].reshape(-1, 1, 1, 1)
         alpha_t, sigma_t = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         eps = torch.randn(x_0.shape, generator=self._noise_generator(generator), device=self.device)
+        given = alpha_t * x_0 + sigma_t * eps
+        if self.measure is not None:
+            given = torch.cat([given, self.measure(x_0, generator).to(given)], 1)
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            v = network(alpha_t * x_0 + sigma_t * eps, index)
+            v = network(given, index)
         return (v.float() - (alpha_t * eps - sigma_t * x_0)).square().mean()
 
     def _indices(self, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:

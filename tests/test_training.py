@@ -200,3 +200,34 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
 def test_frames_smaller_than_a_crop_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected \(number, channels, rows, columns\) with at least 8 rows"):
         Training(steps=2, size=8).run(Affine(), torch.zeros(shape), ALPHA_BAR, tmp_path / "run.checkpoint.pt")
+
+
+class FromMeasurement(nn.Module):
+    """v = a_k x_t + b_k y, a pair of numbers for each training index k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(len(ALPHA_BAR)))
+        self.b = nn.Parameter(torch.zeros(len(ALPHA_BAR)))
+
+    def forward(self, given: Tensor, index: Tensor) -> Tensor:
+        x_t, y = given.chunk(2, 1)
+        return self.a[index].reshape(-1, 1, 1, 1) * x_t + self.b[index].reshape(-1, 1, 1, 1) * y
+
+
+def test_a_conditional_network_learns_the_exact_conditional_v(tmp_path: Path) -> None:
+    """For x_0 ~ N(0, 1) and y = x_0 + tau noise: E[x_0 | x_t, y] = (alpha x_t / sigma^2 + y / tau^2) / P with the
+    precision P = 1 + alpha^2 / sigma^2 + 1 / tau^2, and v = (alpha x_t - x_0) / sigma."""
+    tau = 0.5
+    frames = grey()
+    frames = (frames - frames.mean()) / frames.std()
+
+    def measure(x_0: Tensor, generator: torch.Generator) -> Tensor:
+        return x_0 + tau * torch.randn(x_0.shape, generator=generator)
+
+    training = Training(1500, 64, 8, learning_rate=0.02, ema=0.99, bfloat16=False, measure=measure)
+    average = training.run(FromMeasurement(), frames, ALPHA_BAR, tmp_path / "run.checkpoint.pt")
+    alpha_t, sigma_t = ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()
+    precision = 1 + alpha_t**2 / sigma_t**2 + tau**-2
+    assert torch.allclose(average.a, (alpha_t - alpha_t / sigma_t**2 / precision) / sigma_t, atol=0.03)
+    assert torch.allclose(average.b, -1 / (tau**2 * precision * sigma_t), atol=0.03)

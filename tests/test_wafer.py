@@ -13,7 +13,7 @@ from scipy import ndimage, stats
 from scipy.special import expit
 
 from smcdiff.zoo import wafer as module
-from smcdiff.zoo.wafer import DEFECTS, Wafer, rough_edges
+from smcdiff.zoo.wafer import DEFECT_KINDS, DEFECTS, Wafer, rough_edges
 
 PAIRS = [(layout, defect) for layout, defects in DEFECTS.items() for defect in defects]
 
@@ -180,10 +180,34 @@ def test_a_seed_gives_the_same_pictures() -> None:
 
 
 def test_the_pictures_of_the_shipped_prior_stay_what_they_were() -> None:
-    """The prior wafer64 was trained on seed 0 of this generator; a change of its draws would orphan the weights."""
-    images = Wafer().draw_images(np.random.default_rng(0), 4).astype(np.float64)
+    """The prior wafer64 was trained on seed 0 of this generator with 3 % of defects; a change of its draws would orphan
+    the weights. By picture 100 the stream has passed three pictures with a defect."""
+    images = Wafer(defect_rate=0.03).draw_images(np.random.default_rng(0), 101).astype(np.float64)
     means = [0.0545791, 0.01657568, -0.15731836, 0.12454248]
-    assert np.allclose(images.mean((1, 2, 3)), means, rtol=0, atol=1e-6)
+    assert np.allclose(images[:4].mean((1, 2, 3)), means, rtol=0, atol=1e-6)
+    assert images[100].mean() == pytest.approx(-0.07929004, abs=1e-6)
+
+
+def test_a_kind_left_out_is_unseen_but_can_be_asked_for() -> None:
+    seen = ("break", "pinch", "particle", "missing", "closed")
+    wafer, rng, number = Wafer(size=32, defect_rate=1.0, kinds=seen), np.random.default_rng(7), 600
+    drawn = [wafer.draw(rng) for _ in range(number)]
+    for layout, defects in DEFECTS.items():
+        counts = [sum(p.defect == kind for p in drawn if p.layout == layout) for kind in defects if kind in seen]
+        assert sum(counts) == sum(p.layout == layout for p in drawn)
+        assert stats.chisquare(counts).pvalue > 5e-6  # two layouts: 1e-5 together
+    assert {"bridge", "merged"} == set(DEFECT_KINDS) - set(seen)
+    assert wafer.draw(rng, defect="bridge").defect == "bridge"
+
+
+def test_the_order_of_kinds_does_not_matter() -> None:
+    pictures = [Wafer(defect_rate=1.0, kinds=kinds) for kinds in (DEFECT_KINDS, DEFECT_KINDS[::-1])]
+    first, second = (wafer.draw_images(np.random.default_rng(8), 6) for wafer in pictures)
+    assert np.array_equal(first, second)
+
+
+def test_two_in_a_hundred_have_a_defect() -> None:
+    assert Wafer().defect_rate == 0.02
 
 
 @pytest.mark.parametrize(
@@ -197,11 +221,17 @@ def test_the_pictures_of_the_shipped_prior_stay_what_they_were() -> None:
         ({"hurst": -1.0}, "got hurst -1.0"),
         ({"psf_sigma": 0.0}, "got psf_sigma 0.0"),
         ({"dose": float("nan")}, "got dose nan"),
+        ({"kinds": ("bridge", "scratch")}, r"got kinds \('bridge', 'scratch'\); expected some of \('bridge', "),
+        ({"kinds": ("bridge",)}, r"none of them a defect of the layouts \['holes'\].*or defect_rate=0"),
     ],
 )
-def test_impossible_populations_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_impossible_populations_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Wafer(**arguments)  # type: ignore[arg-type]
+        Wafer(**arguments)
+
+
+def test_without_defects_no_kind_is_needed() -> None:
+    assert Wafer(defect_rate=0.0, kinds=()).draw(np.random.default_rng(9)).defect is None
 
 
 @pytest.mark.parametrize(("layout", "defect"), [("holes", "bridge"), ("lines", "merged"), ("dots", None), (None, "x")])

@@ -17,7 +17,9 @@ The picture is the secondary-electron yield, flat on resist and substrate and br
     I(d) = space + (line - space) S(d / softness) + edge exp(-|d| / width),        S the logistic function,
 
 blurred by a Gaussian point-spread function and read out with Poisson noise of ``dose`` electrons per pixel at I = 1.
-Defects change the geometry before the picture is formed, so that they have edges and blur like everything else.
+Defects change the geometry before the picture is formed, so that they have edges and blur like everything else. What a
+microscope makes of the noise-free picture that is out of focus, charges the wafer or correlates the noise of a row is
+in :mod:`smcdiff.zoo.microscope`.
 
 References:
     G. Palasantzas, "Roughness spectrum and surface width of self-affine fractal surfaces via the K-correlation
@@ -32,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEFECTS", "Wafer", "WaferPicture", "rough_edges"]
+__all__ = ["DEFECTS", "DEFECT_KINDS", "Wafer", "WaferPicture", "rough_edges"]
 
 Array = NDArray[np.float64]
 
@@ -41,6 +43,8 @@ DEFECTS = {
     "lines": ("bridge", "break", "pinch", "particle"),
     "holes": ("missing", "closed", "merged", "particle"),
 }
+#: All kinds of defect.
+DEFECT_KINDS = tuple(dict.fromkeys(kind for kinds in DEFECTS.values() for kind in kinds))
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,29 @@ class Wafer:
 
     Args:
         size: rows and columns of a picture, in pixels; at least 32.
-        defect_rate: probability that a picture has a defect, in [0, 1].
+        defect_rate: probability that a picture has a defect, in [0, 1]: the imbalance of the classes.
         roughness: standard deviation of an edge's displacement, in pixels; 0 for straight edges.
         correlation_length: xi of the roughness spectrum, in pixels.
         hurst: roughness exponent H, greater than 0; at most 1 for a self-affine edge.
         psf_sigma: standard deviation of the microscope's point-spread function, in pixels.
         dose: electrons per pixel at full brightness; infinity for a picture without noise.
+        kinds: the kinds of defect that occur, of :data:`DEFECT_KINDS`, those of a layout equally often. One that is
+            left out is unseen in this population; ``draw(defect=...)`` makes it all the same.
 
     Raises:
-        ValueError: for a size under 32, a rate outside [0, 1], a negative roughness, or a correlation length, Hurst
-            exponent, point-spread width or dose that is not positive.
+        ValueError: for a size under 32, a rate outside [0, 1], a negative roughness, a correlation length, Hurst
+            exponent, point-spread width or dose that is not positive, a kind that does not exist, or kinds that leave
+            a layout without defects while the rate is not zero.
     """
 
     size: int = 64
-    defect_rate: float = 0.03
+    defect_rate: float = 0.02
     roughness: float = 0.7
     correlation_length: float = 8.0
     hurst: float = 0.7
     psf_sigma: float = 0.7
     dose: float = 1000.0
+    kinds: tuple[str, ...] = DEFECT_KINDS
 
     def __post_init__(self) -> None:
         if self.size < 32:
@@ -100,9 +108,17 @@ class Wafer:
         for name in ("correlation_length", "hurst", "psf_sigma", "dose"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; expected a number greater than 0")
+        if not set(self.kinds) <= set(DEFECT_KINDS):
+            raise ValueError(f"got kinds {self.kinds}; expected some of {DEFECT_KINDS}")
+        without = [layout for layout in DEFECTS if not self._kinds_of(layout)]
+        if without and self.defect_rate > 0:
+            raise ValueError(
+                f"got kinds {self.kinds}, none of them a defect of the layouts {without}; expected at least one of "
+                "each layout, or defect_rate=0"
+            )
 
     def draw(self, rng: np.random.Generator, defect: str | None = None, layout: str | None = None) -> WaferPicture:
-        """One picture. ``defect`` and ``layout`` ask for that kind; None leaves them to chance.
+        """One picture. ``defect`` and ``layout`` ask for that kind, any that exists; None leaves them to chance.
 
         Raises:
             ValueError: for a defect or a layout that does not exist, or that do not go together.
@@ -112,7 +128,8 @@ class Wafer:
             raise ValueError(f"got layout {layout!r} with defect {defect!r}; expected a pair of {DEFECTS}")
         layout = layouts[rng.integers(len(layouts))]
         if defect is None and rng.random() < self.defect_rate:
-            defect = DEFECTS[layout][rng.integers(len(DEFECTS[layout]))]
+            kinds = self._kinds_of(layout)
+            defect = kinds[rng.integers(len(kinds))]
         geometry = _lines if layout == "lines" else _holes
         plain, damaged, bright = geometry(self, rng, defect)
         if layout == "lines" and rng.random() < 0.5:
@@ -128,6 +145,9 @@ class Wafer:
     def draw_images(self, rng: np.random.Generator, number: int) -> NDArray[np.float32]:
         """(number, 1, size, size) of float32: the images of ``number`` draws, as a network takes them."""
         return np.stack([self.draw(rng).image for _ in range(number)])[:, None].astype(np.float32)
+
+    def _kinds_of(self, layout: str) -> tuple[str, ...]:
+        return tuple(kind for kind in DEFECTS[layout] if kind in self.kinds)
 
     def _form(self, intensity: Array) -> Array:
         """Blur by the point-spread function, on a picture continued by reflection."""
