@@ -60,7 +60,14 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "safetensors": ("diffusion/adapters/",),
     "PIL": ("restoration/images.py",),
     "tqdm": ("diffusion/calibration.py", "infer.py", "moves.py", "training.py", "validation/study.py", "cli.py"),
-    "numpy": ("diffusion/", "diagnostics/", "zoo/", "restoration/"),
+    "numpy": (
+        "diffusion/",
+        "diagnostics/",
+        "zoo/",
+        "restoration/",
+        "measurement/psf.py",
+        "guidance/marginal_nodes.py",
+    ),
     "pyro": (
         "diffusion/",
         "measurement/",

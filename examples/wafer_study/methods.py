@@ -35,13 +35,15 @@ class Size:
     Args:
         steps: of the chains of the particle methods and of the conditional network.
         dps_steps: of DPS and BlindDPS.
-        particles, chains: of the particle methods; their product is the number of draws of the others.
+        particles, chains: of the particle methods; their product is the number of draws of the conditional network.
+        alone: runs of the methods of one particle.
     """
 
     steps: int = 30
     dps_steps: int = 100
     particles: int = 4
     chains: int = 4
+    alone: int = 8
 
     @property
     def draws(self) -> int:
@@ -216,11 +218,11 @@ def _filter(kernel: object, problem: Problem, size: Size) -> Posterior:
 
 
 def _alone(kernel: object, problem: Problem, size: Size) -> Posterior:
-    """As many runs of one particle."""
-    smc = _run(kernel, problem, 1, size.draws)
+    """Runs of one particle."""
+    smc = _run(kernel, problem, 1, size.alone)
     values = smc.weighted_samples().values
-    w = torch.full((size.draws, 1), 1 / size.draws, dtype=torch.float64)
-    return _posterior(values["x"], w, values.get("psf"), smc, size.draws)
+    w = torch.full((size.alone, 1), 1 / size.alone, dtype=torch.float64)
+    return _posterior(values["x"], w, values.get("psf"), smc, size.alone)
 
 
 def _run(kernel: object, problem: Problem, particles: int, chains: int) -> sd.SMC:

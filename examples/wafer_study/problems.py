@@ -6,16 +6,21 @@ second one of a kind that the conditional network never saw. In the last setting
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
 
 from examples.wafer_study.measurements import SEEN, UNSEEN, gaussian, measure, noise
 from smcdiff.zoo.wafer import Wafer, WaferPicture
 
-__all__ = ["SETTINGS", "Problem", "Setting", "problem"]
+__all__ = ["CONTRAST", "SETTINGS", "Problem", "Setting", "differing", "problem"]
+
+#: A window of this many rows and columns differs if the mean of x - normal over it is larger than CONTRAST in size.
+WINDOW = 5
+CONTRAST = 0.4
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Problem:
         return torch.from_numpy(self.picture.normal.astype(np.float32))[None]
 
     @property
+    def differs(self) -> bool:
+        """Whether the picture does differ from the one without the defect."""
+        return bool(differing(self.x[None], self.normal).amax() > CONTRAST)
+
+    @property
     def mask(self) -> Tensor:
         """(1, 64, 64) of bool: the defect's pixels."""
         return torch.from_numpy(self.picture.mask)[None]
@@ -85,6 +95,12 @@ class Problem:
         return measure(self.x[None], self.kernel, self.sigma, generator)[0]
 
 
+def differing(x: Tensor, normal: Tensor) -> Tensor:
+    """(draws, 1, rows, columns): |mean of x - normal| over the window about each pixel."""
+    half = WINDOW // 2
+    return avg_pool2d(pad(x - normal, (half,) * 4, mode="reflect"), WINDOW, 1).abs()
+
+
 def problem(number: int, offset: int = 1_000_000) -> Problem:
     """The picture of that number; ``offset`` leads to other pictures of the same settings, for tuning."""
     rng = np.random.default_rng(offset + number)
@@ -95,6 +111,7 @@ def problem(number: int, offset: int = 1_000_000) -> Problem:
         defect = kinds[rng.integers(len(kinds))]
     population = Wafer(defect_rate=0.0)
     picture = population.draw(rng, defect=defect)
-    while defect is not None and picture.mask.sum() < 12:  # a defect that changed nothing is none
-        picture = population.draw(rng, defect=defect)
-    return Problem(number, picture, SETTINGS[number % len(SETTINGS)])
+    found = Problem(number, picture, SETTINGS[number % len(SETTINGS)])
+    while defect is not None and not found.differs:  # a defect that hardly changed anything is none
+        found = replace(found, picture=population.draw(rng, defect=defect))
+    return found

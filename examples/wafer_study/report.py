@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from examples.wafer_study.methods import METHODS
-from examples.wafer_study.problems import SETTINGS, problem
-from examples.wafer_study.scores import CONTRAST, differing
+from examples.wafer_study.problems import CONTRAST, SETTINGS, differing, problem
 
 ROOT = Path(__file__).parents[2]
 PAGE, KEPT = ROOT / "docs" / "wafer_study.md", ROOT / "benchmarks" / "results" / "wafer_study.jsonl"

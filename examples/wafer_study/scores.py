@@ -20,14 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import pad
 
-from examples.wafer_study.problems import Problem
+from examples.wafer_study.problems import CONTRAST, Problem, differing
 
-__all__ = ["CONTRAST", "Posterior", "differing", "exact_coverage", "score"]
-
-CONTRAST = 0.3
-WINDOW = 5
+__all__ = ["Posterior", "exact_coverage", "score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +68,6 @@ class Posterior:
         return (lower + share * (values.gather(0, high) - lower))[0].float()
 
 
-def differing(x: Tensor, normal: Tensor) -> Tensor:
-    """(draws, 1, rows, columns): |mean of x - normal| over the window about each pixel."""
-    half = WINDOW // 2
-    return avg_pool2d(pad(x - normal, (half,) * 4, mode="reflect"), WINDOW, 1).abs()
-
-
 def exact_coverage(draws: int, mass: float, number: int = 20_000) -> float:
     """What the interval of as many independent, equally weighted exact draws covers of another one."""
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +86,7 @@ def score(problem: Problem, found: Posterior) -> dict[str, Any]:
     row: dict[str, Any] = {
         "defect": problem.defect,
         "kind": problem.picture.defect,
-        "truth differs": bool(differing(x[None], normal).amax() > CONTRAST),
+        "truth differs": problem.differs,
         "probability": float((w * (largest > CONTRAST)).sum()),
         "statistic": float((w * largest).sum()),
         "of the mean": float(differing(mean[None], normal).amax()),

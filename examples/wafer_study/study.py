@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from benchmarks.kept import Kept
 from benchmarks.machine import describe
 from examples.wafer_study.methods import METHODS, Size, load
-from examples.wafer_study.problems import problem
-from examples.wafer_study.scores import CONTRAST, differing, score
+from examples.wafer_study.problems import CONTRAST, differing, problem
+from examples.wafer_study.scores import score
 
 WEIGHTS = Path(__file__).with_name("weights")
 #: More particles, steps and draws: for a GPU, or for a night.
-LARGE = Size(steps=60, dps_steps=1000, particles=16, chains=8)
+LARGE = Size(steps=60, dps_steps=1000, particles=16, chains=8, alone=32)
 SHOWN = 10
 
 

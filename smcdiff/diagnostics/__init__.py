@@ -4,6 +4,13 @@ Nothing here imports ArviZ or Matplotlib until it is used: :mod:`smcdiff.diagnos
 :mod:`smcdiff.diagnostics.plots` are imported by name.
 """
 
+from smcdiff.diagnostics.decisions import (
+    PixelDeparture,
+    RegionDeparture,
+    defect_probability,
+    program_probabilities,
+    reliability,
+)
 from smcdiff.diagnostics.run import Run
 from smcdiff.diagnostics.summary import summarise
 from smcdiff.diagnostics.verdict import Diagnostics, Finding, diagnose
@@ -12,12 +19,17 @@ from smcdiff.diagnostics.weights import effective_sample_size, entropy, pareto_k
 __all__ = [
     "Diagnostics",
     "Finding",
+    "PixelDeparture",
+    "RegionDeparture",
     "Run",
+    "defect_probability",
     "diagnose",
     "effective_sample_size",
     "entropy",
     "pareto_k",
     "perplexity",
+    "program_probabilities",
+    "reliability",
     "summarise",
     "tempered",
 ]

@@ -45,14 +45,11 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from smcdiff.infer import WeightedSamples
 
 __all__ = [
     "DefectProbability",
@@ -61,6 +58,7 @@ __all__ = [
     "ProgramProbabilities",
     "RegionDeparture",
     "Reliability",
+    "Weighted",
     "defect_probability",
     "program_probabilities",
     "reliability",
@@ -68,6 +66,19 @@ __all__ = [
 
 #: Pictures (m, *event) -> P(D given x), (m, *regions), between 0 and 1: one number a picture, a number a region, a map.
 Detector = Callable[[Tensor], Tensor]
+
+
+class Weighted(Protocol):
+    """Particles with their pooled weights: ``smc.weighted_samples()``, or ``smc.posterior``."""
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """{site: (b, n, *event)}."""
+
+    @property
+    def log_w(self) -> Tensor:
+        """(b, n), over all chains."""
+
 
 _DRAWS = 20_000  # of the uncertain evidence; probabilities are averaged to 0.004
 _WIDEST = 1e3  # nats; errors beyond it say the same and do not overflow
@@ -125,7 +136,7 @@ class DefectProbability:
     per_chain: Tensor
 
 
-def defect_probability(samples: WeightedSamples, site: str, detector: Detector) -> DefectProbability:
+def defect_probability(samples: Weighted, site: str, detector: Detector) -> DefectProbability:
     """The posterior probability of a defect, of one region, several, or every pixel, as the detector has it.
 
     Args:
