@@ -1,4 +1,4 @@
-"""The table and the figure of docs/adapted.md from benchmarks/results/adapted_networks.jsonl.
+"""The tables and the figure of docs/adapted.md from benchmarks/results/fields.jsonl and adapted_networks.jsonl.
 
 python benchmarks/adapted_page.py
 """
@@ -13,13 +13,13 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import fields
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "adapted_networks.jsonl"
 PAGE = HERE.parent / "docs" / "adapted.md"
 FIGURE = HERE.parent / "docs" / "_static" / "adapted.png"
-BEGIN, END = "<!-- table of benchmarks/adapted_page.py -->\n", "<!-- end of table -->\n"
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -74,13 +74,20 @@ def figure(rows: list[dict[str, Any]]) -> None:
     drawing.savefig(FIGURE, dpi=110)
 
 
+def fill(page: str, name: str, content: str) -> str:
+    """The page with what stands between the markers of that name replaced."""
+    begin, end = f"<!-- {name} of benchmarks/adapted_page.py -->\n", f"<!-- end of {name} -->\n"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return before + begin + "\n" + content + "\n" + end + after
+
+
 def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     rows.sort(key=lambda row: (row["prior"], row["task"]))
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(before + BEGIN + "\n" + table(rows) + "\n" + END + after)
+    fields_rows = [json.loads(line) for line in fields.RESULTS.read_text().splitlines()]
+    page = fill(PAGE.read_text(), "fields", fields.tables(fields_rows).strip() + "\n")
+    PAGE.write_text(fill(page, "table", table(rows)))
     figure(rows)
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 import smcdiff as sd
-from smcdiff.diffusion.adapters.calibrated import save_covariance
+from smcdiff.diffusion.adapters.calibrated import save_covariance, save_head
 from smcdiff.diffusion.calibration import calibrate
 from smcdiff.diffusion.covariance_models import SpectralBasis
-from smcdiff.diffusion.variance_head import fit_variance_head, save_head
+from smcdiff.diffusion.variance_head import fit_variance_head
 from smcdiff.zoo import FOLDER
 from smcdiff.zoo.wafer import Wafer
 
@@ -38,7 +38,7 @@ def pictures(prior: sd.DiffusionPrior, draws: bool, number: int, seed: int) -> t
         generator = torch.Generator().manual_seed(seed)
         parts = range(0, number, 64)
         return torch.cat([long.chain.sample(min(64, number - start), generator) for start in parts])
-    drawn = Wafer(size=prior.event_shape[-1]).draw_images(np.random.default_rng(seed), number)
+    drawn = Wafer(size=prior.event_shape[-1], defect_rate=0.03).draw_images(np.random.default_rng(seed), number)
     return torch.from_numpy(drawn).to(prior.chain.denoiser.dtype)
 
 

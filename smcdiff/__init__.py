@@ -46,6 +46,7 @@ from smcdiff.diffusion.schedule import (
     VPSchedule,
 )
 from smcdiff.diffusion.start import Start
+from smcdiff.diffusion.variance_head import HeteroscedasticCovariance, VarianceHead, fit_variance_head
 from smcdiff.guidance.adapted import Adapted
 from smcdiff.guidance.auto import Choice, auto
 from smcdiff.guidance.blind_dps import BlindDPS, ConstantStep, KernelNorm, SignalStep, normalised_kernel
@@ -179,6 +180,7 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "GaussianPSF",
     "Grey",
+    "HeteroscedasticCovariance",
     "Identity",
     "IsotropicCovariance",
     "JacobianCovariance",
@@ -232,6 +234,7 @@ __all__ = [
     "UnmappablePrior",
     "VESchedule",
     "VPSchedule",
+    "VarianceHead",
     "WeightedSamples",
     "WidenedTwist",
     "WithVariance",
@@ -243,6 +246,7 @@ __all__ = [
     "auto",
     "black_box",
     "defocus_psf",
+    "fit_variance_head",
     "from_clean",
     "from_epsilon",
     "from_flow",

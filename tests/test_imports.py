@@ -59,7 +59,15 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "diffusers": ("diffusion/adapters/",),
     "safetensors": ("diffusion/adapters/",),
     "PIL": ("restoration/images.py",),
-    "tqdm": ("diffusion/calibration.py", "infer.py", "moves.py", "training.py", "validation/study.py", "cli.py"),
+    "tqdm": (
+        "diffusion/calibration.py",
+        "diffusion/variance_head.py",
+        "infer.py",
+        "moves.py",
+        "training.py",
+        "validation/study.py",
+        "cli.py",
+    ),
     "numpy": (
         "diffusion/",
         "diagnostics/",

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import final
 
 import torch
@@ -37,7 +36,7 @@ from smcdiff.diffusion.covariance_models import Parts, SpectralCovariance
 from smcdiff.diffusion.denoiser import Denoiser, Estimate
 from smcdiff.diffusion.schedule import NoiseLevel
 
-__all__ = ["FittedHead", "HeteroscedasticCovariance", "VarianceHead", "fit_variance_head", "load_head", "save_head"]
+__all__ = ["FittedHead", "HeteroscedasticCovariance", "VarianceHead", "fit_variance_head"]
 
 _LARGEST = 4.0  # of |s|
 
@@ -278,23 +277,3 @@ def _cost(covariance: HeteroscedasticCovariance, look: _Look) -> Tensor:
     x0_hat, noise, log_ratio, standard = look
     s = covariance.spread(covariance.head(x0_hat, noise, log_ratio))
     return 0.5 * (standard * (-s).exp() + s).mean((1, 2, 3))
-
-
-def save_head(path: Path, head: VarianceHead) -> None:
-    """Write a head to a safetensors file."""
-    from safetensors.torch import save_file
-
-    sizes = {"channels": str(head.channels), "rings": str(head.rings or 0), "width": str(head.width)}
-    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, path, metadata=sizes)
-
-
-def load_head(path: Path) -> VarianceHead:
-    """A head that :func:`save_head` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        sizes = {name: int(value) for name, value in file.metadata().items()}
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    head = VarianceHead(sizes["channels"], sizes["rings"] or None, sizes["width"])
-    head.load_state_dict(state)
-    return head.eval().requires_grad_(False)

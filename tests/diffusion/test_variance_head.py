@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 import smcdiff as sd
+from smcdiff.diffusion.adapters.calibrated import load_head, save_head
 from smcdiff.diffusion.chain import ReverseChain
 from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.schedule import LogGrid, NoiseLevel
@@ -19,8 +20,6 @@ from smcdiff.diffusion.variance_head import (
     HeteroscedasticCovariance,
     VarianceHead,
     fit_variance_head,
-    load_head,
-    save_head,
 )
 from smcdiff.transforms import hartley
 

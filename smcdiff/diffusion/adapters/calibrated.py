@@ -1,7 +1,7 @@
 """A measured covariance kept beside a network's weights, as ``covariance.safetensors`` in the prior's folder.
 
 The file holds ``ratios``, sigma / alpha of the measured levels, and per basis the variances (levels, *event), under the
-name of the basis.
+name of the basis. A variance head is a file of its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from smcdiff.diffusion.covariance_models import BASES, SpectralBasis, SpectralCovariance
+from smcdiff.diffusion.variance_head import VarianceHead
 
-__all__ = ["FILE", "load_covariance", "save_covariance"]
+__all__ = ["FILE", "load_covariance", "load_head", "save_covariance", "save_head"]
 
 FILE = "covariance.safetensors"
 
@@ -51,3 +52,23 @@ def load_covariance(folder: Path, basis: SpectralBasis, event_shape: tuple[int, 
         raise ValueError(f"got the basis {basis!r}; {path.name} has {sorted(set(tensors) & set(BASES))}")
     covariance = SpectralCovariance(tensors[basis], basis, tensors["ratios"])
     return covariance if covariance.event_shape == tuple(event_shape) else covariance.resized(tuple(event_shape))
+
+
+def save_head(path: Path, head: VarianceHead) -> None:
+    """Write a head to a safetensors file."""
+    from safetensors.torch import save_file
+
+    sizes = {"channels": str(head.channels), "rings": str(head.rings or 0), "width": str(head.width)}
+    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, path, metadata=sizes)
+
+
+def load_head(path: Path) -> VarianceHead:
+    """A head that :func:`save_head` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        sizes = {name: int(value) for name, value in file.metadata().items()}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    head = VarianceHead(sizes["channels"], sizes["rings"] or None, sizes["width"])
+    head.load_state_dict(state)
+    return head.eval().requires_grad_(False)
