@@ -63,6 +63,7 @@ from smcdiff.guidance.fps import FPS
 from smcdiff.guidance.gdp import GDP
 from smcdiff.guidance.ilvr import ILVR
 from smcdiff.guidance.latents import UnmappablePrior
+from smcdiff.guidance.marginal import Marginalised
 from smcdiff.guidance.mcgdiff import MCGDiff
 from smcdiff.guidance.mmps import MMPS, MMPSTwist
 from smcdiff.guidance.pigdm import PiGDM, PiGDMTwist
@@ -194,6 +195,7 @@ __all__ = [
     "MCGDiff",
     "MMPSTwist",
     "MarginalMH",
+    "Marginalised",
     "Mask",
     "Matrix",
     "Max",

@@ -19,7 +19,7 @@ import smcdiff as sd
 from examples.wafer_study import programs
 from examples.wafer_study.measurements import gaussian
 from examples.wafer_study.problems import Problem
-from examples.wafer_study.quadrature import by_evidence
+from examples.wafer_study.quadrature import by_evidence, tempered
 from examples.wafer_study.scores import Posterior
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
 
@@ -162,7 +162,9 @@ def blind_dps_simplex(problem: Problem, parts: Parts, step: float = 1.0, kernel_
 
 def tilted(problem: Problem, parts: Parts) -> Posterior:
     """Tilted with the known operator: the reference of the blind methods."""
-    return _filter(sd.Tilted(programs.known(parts.calibrated(), problem.kernel, problem.sigma)), problem, parts.size)
+    model = programs.known(parts.calibrated(), problem.kernel, problem.sigma)
+    smc = _run(sd.Tilted(model), problem, parts.size.particles, parts.size.chains)
+    return _posterior(smc.weighted_samples().values["x"], tempered(smc), None, smc, parts.size.draws)
 
 
 def blind_physical(problem: Problem, parts: Parts) -> Posterior:

@@ -22,7 +22,7 @@ from examples.wafer_study.problems import Problem
 from examples.wafer_study.scores import Posterior
 from smcdiff.measurement.psf import gaussian_psf
 
-__all__ = ["by_evidence", "parabola"]
+__all__ = ["by_evidence", "parabola", "tempered"]
 
 COARSE = 7
 FINE = 3
@@ -40,6 +40,12 @@ def parabola(u: np.ndarray, value: np.ndarray) -> tuple[float, float]:
         if second < 0:
             return float(u[i] - first / (2 * second)), float(math.sqrt(-0.5 / second))
     return float(u[i]), float(u[1] - u[0])
+
+
+def tempered(smc: sd.SMC) -> torch.Tensor:
+    """(b, n): the weights of a run's particles to the power that leaves half of them effective, as restorations do."""
+    run, _ = smc.posterior.tempered(0.5 * smc.posterior.log_w.numel())
+    return run.log_w.exp()
 
 
 def by_evidence(problem: Problem, prior: sd.DiffusionPrior, particles: int, chains: int) -> Posterior:
@@ -72,12 +78,7 @@ def by_evidence(problem: Problem, prior: sd.DiffusionPrior, particles: int, chai
     shares = np.exp(log_w - log_w.max(0))
     share = (shares / shares.sum(0)).mean(1)  # of the nodes, every chain alike
     x = torch.cat([smc.weighted_samples().values["x"].flatten(0, 1) for smc in runs])
-    w = torch.cat(
-        [
-            float(s) * smc.weighted_samples().log_w.softmax(1).flatten() / chains
-            for s, smc in zip(share, runs, strict=True)
-        ]
-    )
+    w = torch.cat([float(s) * tempered(smc).flatten() for s, smc in zip(share, runs, strict=True)])
     kernels = gaussian_psf(torch.tensor(np.exp(nodes)), law.size)
     kernel = torch.einsum("n,n...->...", torch.tensor(share), kernels).float()
     centre = float((share * nodes).sum())

@@ -22,9 +22,11 @@ import torch
 
 from examples.wafer_study.methods import METHODS
 from examples.wafer_study.problems import CONTRAST, SETTINGS, differing, problem
+from examples.wafer_study.scores import exact_coverage
 
 ROOT = Path(__file__).parents[2]
 PAGE, KEPT = ROOT / "docs" / "wafer_study.md", ROOT / "benchmarks" / "results" / "wafer_study.jsonl"
+DECISIONS = KEPT.with_name("wafer_decisions.json")
 STATIC = ROOT / "docs" / "_static"
 FALSE_ALARMS = 0.1
 
@@ -99,7 +101,8 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     head = list(head)
     body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]) + "\n"
+    top = "| " + " | ".join(head) + " |"
+    return "\n".join([top, "|" + "---|" * (top.count(" | ") + 1), *body]) + "\n"
 
 
 def defect_table(rows: list[Row]) -> str:
@@ -111,11 +114,18 @@ def defect_table(rows: list[Row]) -> str:
 
 def picture_table(rows: list[Row]) -> str:
     def work(r: list[Row]) -> list[str]:
-        exact = ", ".join(f"{100 * mean_of(f'coverage {mass} of exact draws')(r):.0f}" for mass in (0.5, 0.9))
+        draws = round(mean_of("effective draws")(r))
+        exact = ", ".join(f"{100 * exact_coverage(draws, mass):.0f}" for mass in (0.5, 0.9))
         passes = f"{mean_of('forward')(r):.0f} + {mean_of('back')(r):.0f}"
         return [exact, passes, f"{mean_of('seconds')(r):.0f}"]
 
-    head = ["method", *PICTURES, "exact draws would be in", "passes a draw, forward + back", "seconds a picture"]
+    head = [
+        "method",
+        *PICTURES,
+        "in 50 %, 90 %: as many exact draws",
+        "passes a draw, forward + back",
+        "seconds a picture",
+    ]
     return markdown(
         head,
         (
@@ -141,6 +151,21 @@ def setting_table(rows: list[Row]) -> str:
             for name, r in by_method(rows).items()
         ),
     )
+
+
+def decision_table(result: dict[str, Any]) -> str:
+    """The reliability of examples/wafer_decisions.py."""
+    lines = []
+    for name, found in result["reliability"].items():
+        bins = [
+            f"{claimed:.2f} → {observed:.2f}"
+            for claimed, observed, count in zip(found["claimed"], found["observed"], found["count"], strict=True)
+            if count
+        ]
+        score = f"{found['brier']:.3f} | {found['brier_expected']:.3f} | {found['brier_z']:+.1f}"
+        lines.append([name, str(sum(found["count"])), "; ".join(bins), score])
+    head = ["claims", "number", "claimed → came true", "Brier score | expected if right | z"]
+    return markdown(head, lines)
 
 
 def gallery(folder: Path, number: int, out: Path) -> None:
@@ -187,7 +212,7 @@ def fill(page: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--gallery", type=int, nargs="*", default=[0, 9])
+    parser.add_argument("--gallery", type=int, nargs="*", default=[0, 4, 9])
     arguments = parser.parse_args()
     lines = [line for path in sorted(arguments.out.glob("rows.*.jsonl")) for line in path.read_text().splitlines()]
     rows: list[Row] = sorted(
@@ -197,6 +222,8 @@ def main() -> None:
     page = PAGE.read_text()
     for name, table in (("defects", defect_table), ("pictures", picture_table), ("settings", setting_table)):
         page = fill(page, name, table(rows))
+    if DECISIONS.is_file():
+        page = fill(page, "decisions", decision_table(json.loads(DECISIONS.read_text())))
     PAGE.write_text(page)
     for number in arguments.gallery:
         gallery(arguments.out / "pictures", number, STATIC / f"wafer_study_{number}.png")

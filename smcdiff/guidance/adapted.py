@@ -29,17 +29,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smcdiff.diffusion.covariance import Covariance, Diagonal
 from smcdiff.diffusion.covariance_models import CovarianceModel
 from smcdiff.diffusion.denoiser import Estimate
-from smcdiff.diffusion.kernels import full_transition
 from smcdiff.diffusion.schedule import NoiseLevel
-from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep, log_ratio
+from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep
 from smcdiff.guidance.conjugate_gradients import ConjugateGradients
-from smcdiff.guidance.full_chains import Beside, FullChains
+from smcdiff.guidance.full_chains import Beside, FullChains, chain_against_own, foretold
 from smcdiff.guidance.information import Conditioning
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Conditioned, Covariances, Information, Noise, States
@@ -194,21 +192,13 @@ class _ConjugateTransition:
     def log_ratio(self, x: States) -> Tensor:
         means, covariances = {}, {}
         for name, step in self.steps.items():
-            means[name], covariances[name] = _foretold(step, self.covariances[name], x[name])
-        foretold: Conditioned = self.information.condition(means, covariances)
-        return self.log_integral - foretold.log_integral() + self._chain_against_own(x)
+            means[name], covariances[name] = foretold(step, self.covariances[name], x[name])
+        known: Conditioned = self.information.condition(means, covariances)
+        against = sum(chain_against_own(step, self.covariances[name], x[name]) for name, step in self.steps.items())
+        return self.log_integral - known.log_integral() + against
 
     def log_p(self, x: States) -> Tensor:
         return IndependentTransition({name: (step.p, step.p) for name, step in self.steps.items()}).log_p(x)
-
-    def _chain_against_own(self, x: States) -> Tensor:
-        """log p(x_s given x_t) - log N(x_s; b x_t + c m, kappa^2 I + c^2 C_t), zero where C_t is the chain's own."""
-        total = torch.zeros((), dtype=torch.float64, device=self.log_integral.device)
-        for name, step in self.steps.items():
-            if isinstance(step.program.latents[name].chain.covariance, Beside):
-                own = full_transition(step.coefficients, step.x, step.estimate.mean, self.covariances[name])
-                total = total + log_ratio(step.p, own, x[name])
-        return total
 
 
 def _covariance(program: Program, k: int, name: str, estimate: Estimate) -> Covariance:
@@ -236,12 +226,3 @@ def _towards(step: SiteStep, clean: Tensor, noise: Noise) -> Tensor:
     to = step.coefficients
     x_s = to.b * step.x + to.c * clean
     return x_s if to.kappa == 0 else x_s + to.kappa * noise(clean.shape)
-
-
-def _foretold(step: SiteStep, covariance: Covariance, x_s: Tensor) -> tuple[Tensor, Covariance]:
-    """m_st and C_st: what N(m, C_t) says of x_0 once x_s is seen."""
-    to, mean = step.coefficients, step.estimate.mean
-    if to.kappa == 0:  # x_s is b x_t + c x_0 itself
-        return (x_s - to.b * step.x) / to.c, covariance.given(float("inf"))
-    given = covariance.given((to.c / to.kappa) ** 2)
-    return mean + given.apply(to.c / to.kappa**2 * (x_s - to.b * step.x - to.c * mean)), given

@@ -1,5 +1,6 @@
 r"""The choice of a method for a program, with its reason.
 
+the prior knows Cov[x_0 given x_t]; linear given one to three numbers              sd.Marginalised
 the priors know Cov[x_0 given x_t] and the noise has a variance                    sd.Adapted
 at most 64 measured values, noise of known variance                                sd.TDS with sd.TweedieTwist
 more, noise of known variance                                                      sd.TDS with sd.WidenedTwist
@@ -19,6 +20,7 @@ from smcdiff.guidance.adapted import Adapted
 from smcdiff.guidance.base import ForwardOnly, JointProposal, Method, Prediction, Proposal, Twist
 from smcdiff.guidance.bootstrap import Bootstrap
 from smcdiff.guidance.deferred import WeighsAtTheEnd
+from smcdiff.guidance.marginal import Marginalised
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.twists import TweedieTwist, WidenedTwist
@@ -76,29 +78,27 @@ def auto(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     passed = []
     program = Program(model, args, kwargs)
     count = sum(value.numel() for value in program.observed.values())
-    try:
-        method: Method = Adapted(model)
-        _try(method, args, kwargs)
-    except (ValueError, TypeError, RuntimeError) as error:
-        passed.append(f"not sd.Adapted: {_first_line(error)}")
-    else:
-        return Choice(
-            method,
+    method: Method
+    candidates: list[tuple[Method, str]] = [
+        (
+            Adapted(model),
             "the priors know the covariance of x_0 given x_t and the measurement can be conditioned on; one forward "
             "pass per particle and step. For pictures of a trained prior compare sd.Tilted, two passes, whose draws "
             "are closer to independent ones",
-        )
-    candidates = [
+        ),
         (TDS(model, TweedieTwist()), f"{count} measured values under noise of known variance"),
         (TDS(model, WidenedTwist()), f"{count} measured values, too many for the Tweedie covariance"),
         (TDS(model), "a likelihood with a gradient, of which nothing else is known"),
     ]
+    if any(not latent.is_diffusion for latent in program.latents.values()):
+        numbers = "a picture measured linearly through a few numbers, which are integrated out; one forward pass"
+        candidates.insert(0, (Marginalised(model), numbers))
     for method, reason in candidates:
         try:
             _try(method, args, kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
-            name = f"sd.TDS with {type(method.twist).__name__}"
-            passed.append(f"not {name}: {_first_line(error)}")
+            twist = f" with {type(method.twist).__name__}" if isinstance(method, TDS) else ""
+            passed.append(f"not sd.{type(method).__name__}{twist}: {_first_line(error)}")
         else:
             return Choice(method, reason, tuple(passed))
     return Choice(Bootstrap(model), "a likelihood without a gradient: particles are weighed alone", tuple(passed))

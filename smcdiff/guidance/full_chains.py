@@ -1,22 +1,26 @@
-"""A Pyro program with its diffusion priors run as chains with a full covariance."""
+"""A Pyro program with its diffusion priors run as chains with a full covariance, and what a step of these foretells."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, final
 from weakref import WeakKeyDictionary
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from smcdiff.diffusion.covariance import Covariance
 from smcdiff.diffusion.covariance_models import CovarianceModel, Parts
 from smcdiff.diffusion.denoiser import Denoiser, Estimate
+from smcdiff.diffusion.kernels import full_transition
 from smcdiff.diffusion.prior import DiffusionPrior
 from smcdiff.diffusion.schedule import NoiseLevel
+from smcdiff.guidance.base import SiteStep, log_ratio
 
-__all__ = ["Beside", "FullChains"]
+__all__ = ["Beside", "FullChains", "chain_against_own", "foretold"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +107,20 @@ class _Full(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], DiffusionPrior):
             msg["fn"] = self._chains.full(msg["name"], msg["fn"])
+
+
+def foretold(step: SiteStep, covariance: Covariance, x_s: Tensor) -> tuple[Tensor, Covariance]:
+    """m_st and C_st: what N(x0_hat, C_t) says of x_0 once x_s is seen."""
+    to, mean = step.coefficients, step.estimate.mean
+    if to.kappa == 0:  # x_s is b x_t + c x_0 itself
+        return (x_s - to.b * step.x) / to.c, covariance.given(math.inf)
+    given = covariance.given((to.c / to.kappa) ** 2)
+    return mean + given.apply(to.c / to.kappa**2 * (x_s - to.b * step.x - to.c * mean)), given
+
+
+def chain_against_own(step: SiteStep, covariance: Covariance, x_s: Tensor) -> Tensor:
+    """log p(x_s given x_t) - log N(x_s; b x_t + c x0_hat, kappa^2 I + c^2 C_t), zero where C_t is the chain's own."""
+    if not isinstance(step.program.latents[step.name].chain.covariance, Beside):
+        return torch.zeros((), dtype=torch.float64, device=x_s.device)
+    own = full_transition(step.coefficients, step.x, step.estimate.mean, covariance)
+    return log_ratio(step.p, own, x_s)

@@ -40,10 +40,9 @@ from torch import Tensor
 
 from smcdiff.diffusion.covariance import Covariance
 from smcdiff.diffusion.covariance_models import CovarianceModel
-from smcdiff.diffusion.kernels import full_transition
 from smcdiff.guidance.adapted import Adapted
-from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep, log_ratio
-from smcdiff.guidance.full_chains import Beside
+from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep
+from smcdiff.guidance.full_chains import chain_against_own, foretold
 from smcdiff.guidance.given_latents import AtLatents, GivenLatents, given_latents
 from smcdiff.guidance.marginal_nodes import GRIDS, Nodes, moments, refined
 from smcdiff.guidance.program import Program
@@ -247,7 +246,7 @@ class _MarginalTransition:
     look: _Look
     centre: Tensor
     root: Tensor
-    _kept: list[tuple[Tensor, AtLatents, Tensor]] = field(default_factory=list)
+    _kept: list[tuple[Tensor, AtLatents, Tensor]] = field(default_factory=list, repr=False)
 
     def sample(self, noise: Noise) -> States:
         law = self._latents()
@@ -268,9 +267,9 @@ class _MarginalTransition:
         given, log_a = self._measured(x)
         x_s = x[look.name]
         before = (log_a + given.log_integral(step.estimate.mean, look.covariance)).logsumexp(1)
-        after = (log_a + given.log_integral(*_foretold(step, look.covariance, x_s))).logsumexp(1)
+        after = (log_a + given.log_integral(*foretold(step, look.covariance, x_s))).logsumexp(1)
         moved = self._log_p_latents(x) - self._latents().log_prob(_row([x[name] for name in look.sites]))
-        return moved + before - after + self._chain_against_own(x_s)
+        return moved + before - after + chain_against_own(look.picture, look.covariance, x_s)
 
     def log_p(self, x: States) -> Tensor:
         return IndependentTransition({name: (step.p, step.p) for name, step in self.look.steps.items()}).log_p(x)
@@ -313,14 +312,6 @@ class _MarginalTransition:
             self._kept[:] = [(key, self.look.measured.at(self.look.split(z)), log_a)]
         return self._kept[0][1:]
 
-    def _chain_against_own(self, x_s: Tensor) -> Tensor:
-        """log p(x_s given x_t) - log N(x_s; b x_t + c x0_hat, kappa^2 I + c^2 C_t), zero where C_t is the chain's."""
-        step = self.look.picture
-        if not isinstance(step.program.latents[self.look.name].chain.covariance, Beside):
-            return torch.zeros((), dtype=torch.float64, device=x_s.device)
-        own = full_transition(step.coefficients, step.x, step.estimate.mean, self.look.covariance)
-        return log_ratio(step.p, own, x_s)
-
 
 def _row(parts: list[Tensor]) -> Tensor:
     """{(m, *shape)} as (m, d) of float64."""
@@ -331,12 +322,3 @@ def _log_normal(z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """log N(z; mean, diag(variance)) of z (m, nodes, d), mean and variance (m, d)."""
     terms = (z - mean[:, None]).square() / variance[:, None] + variance[:, None].log() + math.log(2 * math.pi)
     return -0.5 * terms.sum(-1)
-
-
-def _foretold(step: SiteStep, covariance: Covariance, x_s: Tensor) -> tuple[Tensor, Covariance]:
-    """What N(x0_hat, C_t) says of x_0 once x_s is seen."""
-    to, mean = step.coefficients, step.estimate.mean
-    if to.kappa == 0:  # x_s is b x_t + c x_0 itself
-        return (x_s - to.b * step.x) / to.c, covariance.given(math.inf)
-    given = covariance.given((to.c / to.kappa) ** 2)
-    return mean + given.apply(to.c / to.kappa**2 * (x_s - to.b * step.x - to.c * mean)), given

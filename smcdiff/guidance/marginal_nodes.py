@@ -94,7 +94,7 @@ def refined(log_f: Callable[[Tensor], Tensor], mean: Tensor, deviation: Tensor) 
     line = torch.linspace(-reach, reach, count, dtype=mean.dtype, device=mean.device)
     grid = torch.cartesian_prod(*(line,) * d).reshape(-1, d)
     centre, height = _highest(log_f, mean[:, None] + deviation[:, None] * grid)
-    scale = torch.diag_embed(0.5 * float(line[1] - line[0]) * deviation)
+    scale = torch.diag_embed(reach / (count - 1) * deviation)  # half a spacing
     stencil, place = _stencil(d, mean.device)
     best = centre
     for _ in range(STEPS):
