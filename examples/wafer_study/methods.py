@@ -173,6 +173,12 @@ def blind_physical(problem: Problem, parts: Parts) -> Posterior:
     return _filter(sd.Adapted(model), problem, parts.size)
 
 
+def blind_marginal(problem: Problem, parts: Parts) -> Posterior:
+    """Blind SMC, the width integrated out in twist and proposal."""
+    model = programs.any_kernel(parts.calibrated(), programs.PHYSICAL, problem.sigma)
+    return _filter(sd.Marginalised(model), problem, parts.size)
+
+
 def blind_evidence(problem: Problem, parts: Parts) -> Posterior:
     """Blind SMC, the width by the evidence of Tilted runs and the picture given each width."""
     return by_evidence(problem, parts.calibrated(), parts.size.particles, parts.size.chains)
@@ -203,6 +209,7 @@ METHODS: dict[str, Callable[[Problem, Parts], Posterior]] = {
     "blind SMC, learned kernels": blind_learned,
     "blind SMC, simplex kernel": blind_simplex,
     "blind SMC, physical kernel": blind_physical,
+    "blind SMC, physical kernel integrated out": blind_marginal,
     "blind SMC, physical kernel by evidence": blind_evidence,
 }
 
