@@ -46,7 +46,8 @@ class Training:
         log_share: share of the crops, in [0, 1], whose noise level is uniform in log(sigma_t / alpha_t).
         upright: whether pictures have a top and a left, as digits do; others are turned and mirrored at random.
         measure: y of clean crops, ``measure(x_0, generator) -> y`` of the same rows and columns, for a conditional
-            network: it is given x_t and y, joined along the channels. None trains an unconditional one.
+            network: it is given x_t and y, joined along the channels. x_0 is on ``device``, the generator on the CPU,
+            and y may be on either. None trains an unconditional one.
         device: where network and pictures are moved to. Crops are drawn on the CPU and so are the same everywhere; the
             noise is drawn on the device and is that device's own.
     """

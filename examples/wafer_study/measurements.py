@@ -17,10 +17,22 @@ from torch import Tensor
 
 import smcdiff as sd
 
-__all__ = ["DEFECT_SHARE", "DOSES", "SEEN", "UNSEEN", "WIDTHS", "gaussian", "measure", "measure_majority", "noise"]
+__all__ = [
+    "DEFECT_RATE",
+    "DOSES",
+    "SEEN",
+    "SIZE",
+    "UNSEEN",
+    "WIDTHS",
+    "gaussian",
+    "measure",
+    "measure_majority",
+    "noise",
+]
 
-#: Share of the conditional network's training pictures that have a defect, and the kinds it saw; it never saw others.
-DEFECT_SHARE = 0.02
+#: Of the population that the conditional network's training pictures come from, which leaves out those with a defect of
+#: the kinds in UNSEEN: 1 % of its pictures have a defect. Its initial weights are those of a prior that saw all kinds.
+DEFECT_RATE = 0.02
 SEEN = ("break", "pinch", "missing", "closed")
 UNSEEN = ("bridge", "merged", "particle")
 
@@ -30,7 +42,8 @@ DOSES = (20.0, 400.0)
 
 #: Standard deviation of the read-out noise, on the scale of I.
 READ = 0.03
-SIZE = 13
+#: Of a kernel: wide enough for 1.4 times the widest blur.
+SIZE = 21
 
 
 def noise(dose: float) -> float:
@@ -39,11 +52,8 @@ def noise(dose: float) -> float:
 
 
 def gaussian(width: Tensor) -> Tensor:
-    """Gaussian kernels of these standard deviations in pixels, (*batch,) to (*batch, SIZE, SIZE), of sum 1."""
-    places = torch.arange(SIZE, dtype=width.dtype) - SIZE // 2
-    tap = (-0.5 * (places / width[..., None]) ** 2).exp()
-    tap = tap / tap.sum(-1, keepdim=True)
-    return tap[..., :, None] * tap[..., None, :]
+    """Gaussian kernels of these standard deviations in pixels, (*batch,) to (*batch, SIZE, SIZE)."""
+    return sd.gaussian_psf(width, SIZE)
 
 
 def measure(x: Tensor, kernel: Tensor, sigma: Tensor | float, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The study's methods: each turns a measured picture into weighted draws.
 
-Steps, particles and step sizes are the same for all pictures; DPS's and BlindDPS's step sizes are the best of those
-tried on other pictures of the same settings (``--tune`` of study.py).
+Steps, particles and step sizes are the same for all pictures. The step sizes of DPS and BlindDPS are the best of three
+or four that were tried on two other pictures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The study's pictures: half of them with a defect, in five settings of dose and blur.
 
 Picture ``number`` is in setting ``number % 5``; within a setting every second picture has a defect, and of these every
-second one of a kind that the conditional network never saw. In the last setting the blur is wider than in its training.
+second one of a kind that the conditional network was not trained on. In the last setting the blur is wider than in its
+training.
 """
 
 from __future__ import annotations
@@ -43,15 +44,17 @@ class Problem:
         number: of the picture.
         picture: truth, without the defect, and its mask.
         setting: how it was measured.
+        seed: of the measurement's noise.
     """
 
     number: int
     picture: WaferPicture
     setting: Setting
+    seed: int
 
     @property
     def defect(self) -> str:
-        """ "none", "seen" or "unseen" by the conditional network in training."""
+        """ "none", or "seen" or "unseen" in the training of the conditional network."""
         kind = self.picture.defect
         return "none" if kind is None else "seen" if kind in SEEN else "unseen"
 
@@ -91,7 +94,7 @@ class Problem:
     @property
     def y(self) -> Tensor:
         """The measurement, (1, 64, 64)."""
-        generator = torch.Generator().manual_seed(self.number)
+        generator = torch.Generator().manual_seed(self.seed)  # not that of the samplers
         return measure(self.x[None], self.kernel, self.sigma, generator)[0]
 
 
@@ -111,7 +114,7 @@ def problem(number: int, offset: int = 1_000_000) -> Problem:
         defect = kinds[rng.integers(len(kinds))]
     population = Wafer(defect_rate=0.0)
     picture = population.draw(rng, defect=defect)
-    found = Problem(number, picture, SETTINGS[number % len(SETTINGS)])
+    found = Problem(number, picture, SETTINGS[number % len(SETTINGS)], 10_000_000 + offset + number)
     while defect is not None and not found.differs:  # a defect that hardly changed anything is none
         found = replace(found, picture=population.draw(rng, defect=defect))
     return found

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 import smcdiff as sd
+from examples.wafer_study.measurements import SIZE
 from smcdiff.measurement.psf import gaussian_psf
 from smcdiff.measurement.psf_priors import GaussianPSF, KernelPrior, SimplexKernel
 
-__all__ = ["LEARNED", "PHYSICAL", "SIMPLEX", "Program", "any_kernel", "known", "learned", "of_width"]
+__all__ = ["PHYSICAL", "SIMPLEX", "Program", "any_kernel", "known", "learned", "of_width"]
 
 Program = Callable[..., Tensor]
 
 #: A Gaussian whose width is known to a factor of about two.
-PHYSICAL = GaussianPSF(size=13, median=1.4, spread=0.4)
+PHYSICAL = GaussianPSF(size=SIZE, median=1.4, spread=0.4)
 #: Any kernel near a Gaussian of that median width.
-SIMPLEX = SimplexKernel(gaussian_psf(torch.tensor(1.4), 13), spread=1.0, correlation=2.0)
-LEARNED = "psf"
+SIMPLEX = SimplexKernel(gaussian_psf(torch.tensor(1.4), 17), spread=1.0, correlation=2.0)
 
 
 def known(prior: sd.DiffusionPrior, kernel: Tensor, sigma: float) -> Program:

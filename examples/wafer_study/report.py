@@ -218,6 +218,9 @@ def main() -> None:
     rows: list[Row] = sorted(
         map(json.loads, lines), key=lambda row: (row["number"], list(METHODS).index(row["method"]))
     )
+    sizes = {row["size"] for row in rows}
+    if len(sizes) != 1:
+        raise SystemExit(f"got runs of the sizes {sorted(sizes)} in {arguments.out}; a page is of one size")
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = PAGE.read_text()
     for name, table in (("defects", defect_table), ("pictures", picture_table), ("settings", setting_table)):

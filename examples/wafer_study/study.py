@@ -2,7 +2,7 @@
 
     python -m examples.wafer_study.study --out OUT [--pictures 40] [--methods ...] [--large]
 
-OUT/rows.jsonl gets a line per run and OUT/pictures the posterior means, spreads and probability maps of the first
+OUT/rows.0.jsonl gets a line per run and OUT/pictures the posterior means, spreads and probability maps of the first
 pictures. What is there already is not done again: a study that was stopped goes on when the command is given again, and
 two of them may share the work with ``--part 0/2`` and ``--part 1/2``. ``report.py`` makes the page of what is there.
 """

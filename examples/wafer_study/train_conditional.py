@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from examples.wafer_study.measurements import DEFECT_SHARE, SEEN, measure_majority
+from examples.wafer_study.measurements import DEFECT_RATE, SEEN, measure_majority
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
 from smcdiff.training import Training
 from smcdiff.zoo import FOLDER
@@ -30,7 +30,7 @@ from smcdiff.zoo.wafer import Wafer
 
 def majority(number: int, seed: int) -> torch.Tensor:
     """(number, 1, 64, 64): pictures of the population, none with a defect of a kind that is not seen."""
-    wafer, rng, pictures = Wafer(defect_rate=DEFECT_SHARE), np.random.default_rng(seed), []
+    wafer, rng, pictures = Wafer(defect_rate=DEFECT_RATE), np.random.default_rng(seed), []
     while len(pictures) < number:
         picture = wafer.draw(rng)
         if picture.defect is None or picture.defect in SEEN:

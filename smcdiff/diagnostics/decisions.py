@@ -84,6 +84,11 @@ _DRAWS = 20_000  # of the uncertain evidence; probabilities are averaged to 0.00
 _WIDEST = 1e3  # nats; errors beyond it say the same and do not overflow
 
 
+def _check_threshold(threshold: float) -> None:
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"got threshold {threshold}; expected a number greater than 0, in units of x")
+
+
 @dataclass(frozen=True)
 class PixelDeparture:
     """The map 1[|x - reference| > threshold] of a picture with the shape of the reference, as a detector.
@@ -91,10 +96,16 @@ class PixelDeparture:
     Args:
         reference: (*event), the picture without a defect, such as the design or a neighbouring die.
         threshold: in units of x, greater than 0.
+
+    Raises:
+        ValueError: for a threshold that is not greater than 0.
     """
 
     reference: Tensor
     threshold: float
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
 
     def __call__(self, x: Tensor) -> Tensor:
         return ((x - self.reference).abs() > self.threshold).to(torch.float64)
@@ -109,12 +120,26 @@ class RegionDeparture:
         threshold: in units of x, greater than 0.
         region: (*event) of bool.
         pixels: least number of departing pixels that make a defect.
+
+    Raises:
+        ValueError: for a threshold or a number of pixels that is not greater than 0, or a region that is not bool, of
+            the reference's shape.
     """
 
     reference: Tensor
     threshold: float
     region: Tensor
     pixels: int = 1
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
+        if self.region.dtype != torch.bool or self.region.shape != self.reference.shape:
+            raise ValueError(
+                f"got a region of shape {tuple(self.region.shape)} and dtype {self.region.dtype}; expected bool of the "
+                f"reference's shape {tuple(self.reference.shape)}"
+            )
+        if self.pixels < 1:
+            raise ValueError(f"got pixels {self.pixels}; expected at least 1")
 
     def __call__(self, x: Tensor) -> Tensor:
         departs = ((x - self.reference).abs() > self.threshold) & self.region

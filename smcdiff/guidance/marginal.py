@@ -295,14 +295,14 @@ class _MarginalTransition:
             return z, z.new_zeros(z.shape[:2])
         mean, variance = self.look.latents
         told = variance / (1 + (c / kappa).square() * variance)
-        foretold = mean + told * c / kappa.square() * (seen - c * mean)
+        after = mean + told * c / kappa.square() * (seen - c * mean)
         # root (I + S)^-1 root^T is (V^-1 + diag(c / kappa)^2)^-1 with S = root^T diag(c / kappa)^2 root
         inner = self.root.mT @ ((c / kappa).square()[:, None] * self.root)
         lower = torch.linalg.cholesky_ex(torch.eye(len(c), dtype=c.dtype, device=c.device) + inner)[0]
         scale = torch.linalg.solve_triangular(lower, self.root.mT, upper=False).mT
         pull = (c / kappa.square() * (seen - c * self.centre))[..., None]
         nodes = Nodes.about(self.centre + (scale @ (scale.mT @ pull))[..., 0], scale, self.look.count)
-        return nodes.z, nodes.log_rule + _log_normal(nodes.z, foretold, told)
+        return nodes.z, nodes.log_rule + _log_normal(nodes.z, after, told)
 
     def _measured(self, x: States) -> tuple[AtLatents, Tensor]:
         """The measurement at the nodes that z_s leaves, and log a_j; kept for the weight of what was just drawn."""

@@ -36,7 +36,7 @@ class Kernels:
 
     Args:
         size: rows and columns, in pixels; at least 8.
-        widths: range of a Gaussian's standard deviation, in pixels, drawn log-uniformly.
+        widths: range of a Gaussian's standard deviation, in pixels, drawn log-uniformly; a moving beam's is at most 1.
         radii: range of a defocus disc's radius, in pixels, drawn uniformly.
         lengths: range of a trajectory's length, in pixels, drawn uniformly.
 
@@ -114,7 +114,10 @@ class Kernels:
         return path - path.mean(0)
 
     def _spread(self, optics: Array, places: Array) -> Array:
-        """The mean of the optics moved to each place, binned and normalised; what leaves the grid is lost."""
+        """The mean of the optics moved to each place, binned and normalised.
+
+        What leaves the grid is lost; places of the beam outside of it are moved to its border.
+        """
         fine = FINE * self.size
         hits = np.zeros((2 * fine, 2 * fine))
         rows, columns = (np.rint(places * FINE).astype(int).clip(-fine // 2, fine // 2)).T

@@ -94,7 +94,7 @@ def _disc(radius: float, rings: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Charging:
-    """charge = slow u_i + fast u_j + tail (what is bright in the row before), on the scale of the brightness I.
+    """charge = slow u_i + fast u_j + tail (what is bright to the left in its row), on the scale of the brightness I.
 
     Args:
         slow: rise from the first row to the last.

@@ -111,6 +111,12 @@ def test_detectors_that_do_not_answer_are_refused() -> None:
         defect_probability(samples, "x", lambda x: 2 * (x[:, 0, 0] > x[:, 0, 0].median()))
     with pytest.raises(ValueError, match=r"shape \(5,\)"):
         defect_probability(samples, "x", lambda x: holds_defect(x)[:5])
+    with pytest.raises(ValueError, match="got threshold 0"):
+        PixelDeparture(torch.zeros(3), 0.0)
+    with pytest.raises(ValueError, match="expected bool of the reference's shape"):
+        RegionDeparture(torch.zeros(3), 0.1, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="got pixels 0"):
+        RegionDeparture(torch.zeros(3), 0.1, torch.ones(3, dtype=torch.bool), 0)
     with pytest.raises(ValueError, match=r"got the site 'z'; expected one of \['x'\]"):
         defect_probability(samples, "z", holds_defect)
 

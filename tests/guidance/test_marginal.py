@@ -397,6 +397,9 @@ def test_what_it_cannot_take_is_said() -> None:
     def no_basis(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", sd.GaussianMeasurement(sd.Blur(kernel(width()), sd.Zero()), x, 0.3), obs=y)
 
+    def bent(x: Tensor, y: Tensor) -> None:
+        pyro.sample("y", dist.Normal((2 * x).tanh(), width()).to_event(3), obs=y)
+
     def counts(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Poisson((width() * x).exp()).to_event(3), obs=y)
 
@@ -408,6 +411,7 @@ def test_what_it_cannot_take_is_said() -> None:
     refused(no_basis, y, "256 measured values.*Use sd.Adapted")
     small, few = field(3, 4), torch.ones(1, 4, 4, dtype=D)
     refused(counts, few, "the law Poisson. Use sd.Adapted", small)
+    refused(bent, few, "linear in the picture.*Use sd.Adapted", small)
     refused(curved, few, "linear in the picture.*Use sd.Adapted", small)
     with pytest.raises(ValueError, match="got nodes 1"):
         Marginalised(plain, nodes=1)
