@@ -8,6 +8,7 @@ Intervals are 90 % bootstrap intervals over pictures. The rows are copied to ben
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from examples.wafer_study.methods import METHODS
 from examples.wafer_study.problems import CONTRAST, SETTINGS, differing, problem
@@ -168,6 +170,13 @@ def decision_table(result: dict[str, Any]) -> str:
     return markdown(head, lines)
 
 
+def middle(kernel: np.ndarray, half: int = 7) -> np.ndarray:
+    """The middle of a kernel, 2 half + 1 pixels a side, zeros where it ends before."""
+    padded = np.pad(kernel, half + 1)
+    centre = half + 1 + len(kernel) // 2
+    return padded[centre - half : centre + half + 1, centre - half : centre + half + 1]
+
+
 def gallery(folder: Path, number: int, out: Path) -> None:
     """Truth and measurement, and of each method: mean, spread, probability map and kernel."""
     given = problem(number)
@@ -177,7 +186,7 @@ def gallery(folder: Path, number: int, out: Path) -> None:
     truth = differing(given.x[None], given.normal)[0, 0] > CONTRAST
     top = [(given.x[0], grey, "truth"), (given.y[0], grey, "measurement")]
     top += [(truth.float(), {"cmap": "magma", "vmin": 0, "vmax": 1}, "true defect windows")]
-    top += [(given.kernel, {"cmap": "magma"}, "true kernel")]
+    top += [(middle(given.kernel.numpy()), {"cmap": "magma"}, "true kernel")]
     for axis, (picture, style, title) in zip(axes[0], top, strict=True):
         axis.imshow(torch.as_tensor(picture), **style)
         axis.set_title(title, fontsize=8)
@@ -186,9 +195,7 @@ def gallery(folder: Path, number: int, out: Path) -> None:
         line[1].imshow(kept["sd"][0].astype(float), cmap="viridis", vmin=0, vmax=0.4)
         line[2].imshow(kept["chance"][0].astype(float), cmap="magma", vmin=0, vmax=1)
         if "kernel" in kept:
-            k, size = kept["kernel"].astype(float), len(given.kernel)
-            start = len(k) // 2 - size // 2
-            line[3].imshow(k[start : start + size, start : start + size], cmap="magma")
+            line[3].imshow(middle(kept["kernel"].astype(float)), cmap="magma")
         line[0].set_ylabel(name.replace(", ", ",\n").replace(" (", "\n("), fontsize=7)
     for axis, title in zip(axes[1], ("mean", "standard deviation", "probability of a defect", "kernel"), strict=True):
         axis.set_title(title, fontsize=8)
@@ -197,8 +204,10 @@ def gallery(folder: Path, number: int, out: Path) -> None:
         axis.set_yticks([])
         if not axis.images:
             axis.set_axis_off()
-    figure.savefig(out, dpi=80, metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=72)
     plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(128).save(out, optimize=True)
 
 
 def fill(page: str, name: str, content: str) -> str:
