@@ -1,6 +1,5 @@
 r"""The choice of a method for a program, with its reason.
 
-the prior knows Cov[x_0 given x_t]; linear given one to three numbers              sd.Marginalised
 the priors know Cov[x_0 given x_t] and the noise has a variance                    sd.Adapted
 at most 64 measured values, noise of known variance                                sd.TDS with sd.TweedieTwist
 more, noise of known variance                                                      sd.TDS with sd.WidenedTwist
@@ -20,7 +19,6 @@ from smcdiff.guidance.adapted import Adapted
 from smcdiff.guidance.base import ForwardOnly, JointProposal, Method, Prediction, Proposal, Twist
 from smcdiff.guidance.bootstrap import Bootstrap
 from smcdiff.guidance.deferred import WeighsAtTheEnd
-from smcdiff.guidance.marginal import Marginalised
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.twists import TweedieTwist, WidenedTwist
@@ -90,9 +88,6 @@ def auto(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         (TDS(model, WidenedTwist()), f"{count} measured values, too many for the Tweedie covariance"),
         (TDS(model), "a likelihood with a gradient, of which nothing else is known"),
     ]
-    if any(not latent.is_diffusion for latent in program.latents.values()):
-        numbers = "a picture measured linearly through a few numbers, which are integrated out; one forward pass"
-        candidates.insert(0, (Marginalised(model), numbers))
     for method, reason in candidates:
         try:
             _try(method, args, kwargs)

@@ -80,23 +80,3 @@ def test_a_covariance_makes_a_trained_prior_adapted_with_the_exact_evidence() ->
     exact = torch.distributions.Normal(0.0, 1.25**0.5).log_prob(y).sum()
     # the chain begins at N(0, I), which x_T has up to alpha_T^2, here 4e-5
     torch.testing.assert_close(smc.log_evidence, exact, atol=1e-2, rtol=0)
-
-
-def blind(law: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], None]:
-    prior = sd.DiffusionPrior(EXACT, sd.VPSchedule(), num_steps=5)
-
-    def model(y: Tensor) -> None:
-        x = pyro.sample("x", prior)
-        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(-1.0, dtype=torch.float64), 0.3))
-        pyro.sample("y", law(x, scale), obs=y)
-
-    return model
-
-
-def test_a_few_numbers_are_integrated_out_where_all_else_is_linear() -> None:
-    y = torch.full((4,), 0.3, dtype=torch.float64)
-    choice = auto(blind(lambda x, scale: sd.GaussianMeasurement(sd.Identity(), x, scale)), y)
-    assert isinstance(choice.method, sd.Marginalised)
-    other = auto(blind(lambda x, scale: sd.PoissonMeasurement(sd.Identity(), x.exp(), scale)), y.round() + 1)
-    assert not isinstance(other.method, sd.Marginalised)
-    assert "not sd.Marginalised: " in str(other)
