@@ -42,7 +42,7 @@ def conditional_network() -> SpaceToDepth:
     """The prior's network with the measurement as a second channel, which at first it does not look at."""
     factor = 2
     prior = UNet2DModel.from_pretrained(FOLDER / "wafer64" / "unet")
-    settings = dict(prior.config)
+    settings = {name: value for name, value in prior.config.items() if not name.startswith("_")}  # no path of this one
     settings["in_channels"] = 2 * settings["in_channels"]
     unet = UNet2DModel.from_config(settings)
     state = prior.state_dict()

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from smcdiff.diffusion.covariance import Covariance
 from smcdiff.diffusion.covariance_models import CovarianceModel
+from smcdiff.diffusion.kernels import ReverseStep
 from smcdiff.guidance.adapted import Adapted
 from smcdiff.guidance.base import IndependentTransition, Prediction, SiteStep
 from smcdiff.guidance.full_chains import chain_against_own, foretold
@@ -202,12 +203,14 @@ class _Look:
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """b, c and kappa of each latent's step, (d,)."""
-        rows = []
-        for name in self.sites:
-            to, size = self.steps[name].coefficients, self.steps[name].x[0].numel()
-            rows += [(to.b, to.c, to.kappa)] * size
-        b, c, kappa = torch.tensor(rows, dtype=torch.float64, device=self.picture.x.device).unbind(1)
-        return b, c, kappa
+        steps = [self.steps[name] for name in self.sites]
+
+        def row(value: Callable[[ReverseStep], float]) -> Tensor:  # filled on the device: nothing is copied to it
+            return torch.cat(
+                [s.x.new_full(s.x.shape[1:], value(s.coefficients), dtype=torch.float64).flatten() for s in steps]
+            )
+
+        return row(lambda to: to.b), row(lambda to: to.c), row(lambda to: to.kappa)
 
     def split(self, z: Tensor) -> States:
         """Rows (m, ..., d) by site, {site: (m, ..., *shape)}."""

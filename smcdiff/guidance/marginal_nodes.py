@@ -76,8 +76,8 @@ def moments(nodes: Nodes, log_f: Tensor, scale: Tensor) -> tuple[Tensor, Tensor,
     log_w = nodes.log_rule + log_f
     w = log_w.softmax(1)
     mean = (w[..., None] * nodes.z).sum(1)
-    away = torch.linalg.solve(scale[:, None], (nodes.z - mean[:, None])[..., None])[..., 0]
-    values, vectors = torch.linalg.eigh(torch.einsum("mj,mja,mjb->mab", w, away, away))
+    away = torch.linalg.solve_ex(scale[:, None], (nodes.z - mean[:, None])[..., None])[0][..., 0]
+    values, vectors = _eigh(torch.einsum("mj,mja,mjb->mab", w, away, away))
     root = scale @ vectors * values.clamp(min=LEAST).sqrt()[:, None]
     return log_w.logsumexp(1), mean, root
 
@@ -105,7 +105,7 @@ def refined(log_f: Callable[[Tensor], Tensor], mean: Tensor, deviation: Tensor) 
         best = torch.where((top > height)[:, None], z[torch.arange(len(z), device=z.device), index], best)
         height = torch.maximum(top, height)
         slope, curvature = _derivatives(f, place, d)
-        values, vectors = torch.linalg.eigh(-curvature)
+        values, vectors = _eigh(-curvature)
         move = (vectors.mT @ slope[..., None])[..., 0] / values.clamp(min=GROW**-2)
         far = move.abs() > REACH
         move = (vectors @ move.clamp(-REACH, REACH)[..., None])[..., 0]
@@ -114,6 +114,14 @@ def refined(log_f: Callable[[Tensor], Tensor], mean: Tensor, deviation: Tensor) 
         precision = torch.where(far, 1.0, values.clamp(GROW**-2, SHRINK**2))
         scale = scale @ vectors * precision.rsqrt()[:, None]
     return centre, scale
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (m, d) and eigenvectors (m, d, d); those of one number without asking the host, which CUDA's does."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], torch.ones_like(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def _highest(log_f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def zernike_psf(coefficients: Tensor, size: int, cutoff: float = 0.5) -> Tensor:
     if not 0 < cutoff <= 0.5:
         raise ValueError(f"got a cutoff of {cutoff}; expected cycles per pixel in (0, 0.5], above which pixels alias")
     check_size(size)
-    modes, cosine, sine = (part.to(c.device, c.dtype) for part in _pupil(size, float(cutoff)))
+    modes, cosine, sine = _pupil(size, float(cutoff), c.dtype, c.device)
     phase = c @ modes
     real = phase.cos() @ cosine - phase.sin() @ sine
     imaginary = phase.cos() @ sine + phase.sin() @ cosine
@@ -196,7 +196,7 @@ def zernike_psf(coefficients: Tensor, size: int, cutoff: float = 0.5) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _pupil(size: int, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+def _pupil(size: int, cutoff: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Z_j at the quadrature's nodes (6, nodes), and weight times cos and sin of pi cutoff v^T x, (nodes, pixels)."""
     swing = math.pi * cutoff * math.sqrt(2) * (size // 2 + 1)  # the largest pi cutoff |x|
     nodes, weights = (torch.from_numpy(part) for part in leggauss(math.ceil(swing / 2) + 16))
@@ -217,7 +217,9 @@ def _pupil(size: int, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     )
     up, right = (part.expand(size, size).flatten() for part in _pixels(size, weight))
     wave = math.pi * cutoff * ((rho * torch.cos(theta))[:, None] * right + (rho * torch.sin(theta))[:, None] * up)
-    return modes, weight[:, None] * wave.cos(), weight[:, None] * wave.sin()
+    parts = modes, weight[:, None] * wave.cos(), weight[:, None] * wave.sin()
+    at_modes, cosine, sine = (part.to(device, dtype) for part in parts)
+    return at_modes, cosine, sine
 
 
 def _pixels(size: int, like: Tensor) -> tuple[Tensor, Tensor]:

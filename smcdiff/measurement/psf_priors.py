@@ -277,7 +277,7 @@ class SimplexKernel:
 
 def _log_normal(site: str, median: float, spread: float, like: Tensor | None) -> Tensor:
     dtype, device = _format(like)
-    loc = torch.tensor(math.log(median), dtype=dtype, device=device)
+    loc = torch.full((), math.log(median), dtype=dtype, device=device)
     return pyro.sample(site, dist.LogNormal(loc, torch.full_like(loc, spread)))
 
 
@@ -285,8 +285,12 @@ def _normal(
     site: str, scales: tuple[float, ...], like: Tensor | None, means: tuple[float, ...] | None = None
 ) -> Tensor:
     dtype, device = _format(like)
-    scale = torch.tensor(scales, dtype=dtype, device=device)
-    mean = torch.zeros_like(scale) if means is None else torch.tensor(means, dtype=dtype, device=device)
+
+    def row(numbers: tuple[float, ...]) -> Tensor:  # filled on the device: nothing is copied to it
+        return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
+
+    scale = row(scales)
+    mean = torch.zeros_like(scale) if means is None else row(means)
     return pyro.sample(site, dist.Normal(mean, scale).to_event(1))
 
 

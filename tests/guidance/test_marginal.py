@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import MultivariateNormal, Normal
 
 import smcdiff as sd
@@ -369,6 +370,26 @@ def test_nodes_once_the_latents_have_moved(own: bool) -> None:
     away = z_j - mean[:, None]
     torch.testing.assert_close(mean, after(*given)[0], atol=1e-9, rtol=0)
     torch.testing.assert_close(torch.einsum("mj,mja,mjb->mab", rule, away, away), after(*given)[1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_step_asks_the_host_for_nothing(written_out: bool) -> None:
+    """Fake tensors hold no data and raise where a value is read."""
+    side, padding = (4, sd.Zero()) if written_out else (SIDE, sd.Circular())
+    prior, y = field(3, side), torch.zeros(1, side, side, dtype=D)
+
+    def program(y: Tensor) -> None:
+        x = pyro.sample("x", prior)
+        width = pyro.sample("width", dist.LogNormal(t(LOC)[0], SPREAD))
+        pyro.sample("y", sd.GaussianMeasurement(sd.Blur(kernel(width), padding), x, 0.3), obs=y)
+
+    method = Marginalised(program)
+    model = TwistedModel(Program(method.model, (y,)), method)
+    particles = model.initial(2, 3, torch.Generator().manual_seed(0)).particles
+    model.step(1, particles, torch.Generator().manual_seed(1))  # what is asked once is asked here
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value) for name, value in particles.items()}
+        assert model.step(2, fake, torch.Generator()).log_g.shape == (2, 3)
 
 
 # --- what it cannot take ------------------------------------------------------------------------------------------
