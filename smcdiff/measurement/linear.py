@@ -94,20 +94,37 @@ class Matrix(SpectralOperator):
         return shape[:-1] + self._event
 
     @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, r), s (r,) and V^T (d, d), with r = min(m, d)."""
-        u, s, vt = torch.linalg.svd(self.matrix, full_matrices=True)
-        return u[:, : len(s)], cut(s, 1, max(self.matrix.shape) * torch.finfo(s.dtype).eps), vt
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U (m, r), s (r,), W (d, r) and T (r, r) of V = I + W T W^T (d, d), with r = min(m, d).
+
+        V is orthogonal, its first r columns are the right singular vectors v_1 ... v_r: the product of the reflectors
+        of their QR decomposition, whose signs are U's. With E the first r unit vectors, V E = (v_1 ... v_r) gives
+        W = V E - E and T = ((V E)^T E - I)^{-1}. It takes d r numbers in place of d^2.
+        """
+        u, s, vt = torch.linalg.svd(self.matrix, full_matrices=False)
+        reflectors, tau = torch.geqrf(vt.mT)
+        tau = torch.where(tau == 0, 2.0, tau)  # a vector that is a unit vector already: it is turned all the same
+        first = torch.linalg.householder_product(reflectors, tau)
+        signs = (first * vt.mT).sum(0).sign()
+        unit = torch.eye(len(vt), dtype=s.dtype, device=s.device)
+        w = first - pad(unit, (0, 0, 0, len(first) - len(unit)))
+        t = torch.linalg.inv(first[: len(unit)].mT - unit)
+        return u * signs, cut(s, 1, max(self.matrix.shape) * torch.finfo(s.dtype).eps), w, t
 
     def svd(self, x: Tensor) -> SVD:
-        u, s, vt = (factor.to(x.dtype) for factor in self._factors)
+        u, s, w, t = (factor.to(x.dtype) for factor in self._factors)
         rank, d = len(s), self.matrix.shape[1]
-        u = u * (s > 0)
+        u, wt = u * (s > 0), w @ t
         singular_values = self._unflat(torch.cat([s, s.new_zeros(d - rank)]))
+
+        def rotated(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+            x = self._flat(x)
+            return self._unflat(x + (x @ left) @ right.mT)
+
         return SVD(
             singular_values,
-            lambda x: self._unflat(self._flat(x) @ vt.mT),
-            lambda c: self._unflat(self._flat(c) @ vt),
+            lambda x: rotated(x, wt, w),
+            lambda c: rotated(c, w, wt),
             lambda y: self._unflat(pad(y @ u, (0, d - rank))),
             lambda c: self._flat(c)[..., :rank] @ u.mT,
         )

@@ -102,6 +102,29 @@ def test_radon_keeps_mass_and_first_moment(size: int) -> None:
     torch.testing.assert_close((y * bins).sum(-1), moment)
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        normal(2, 40),
+        torch.eye(3, 7, dtype=torch.float64),  # its right singular vectors are unit vectors already
+        torch.outer(normal(3), normal(5, seed=1)),  # of rank 1
+        normal(4, 4),
+        normal(6, 3),
+    ],
+    ids=["wide", "unit vectors", "rank 1", "square", "tall"],
+)
+def test_svd_of_a_matrix_in_reflectors(matrix: Tensor) -> None:
+    """V is orthogonal and U diag(s) V^T is the matrix, with d min(m, d) numbers kept of V where it has d^2."""
+    rows, d = matrix.shape
+    operator, unit = Matrix(matrix), torch.eye(d, dtype=torch.float64)
+    svd = operator.svd(unit)
+    v = svd.from_spectral(unit).mT  # a row of unit gives a column of V
+    torch.testing.assert_close(v.mT @ v, unit, rtol=0, atol=1e-13)
+    torch.testing.assert_close(svd.to_spectral(unit), v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(svd.measurement_from_spectral(svd.singular_values * v), matrix.mT, rtol=0, atol=1e-12)
+    assert max(factor.numel() for factor in operator._factors) <= max(d, rows) * min(d, rows)
+
+
 def test_compose_applies_the_last_first() -> None:
     double, square = Function(lambda x: 2 * x), Function(torch.square)
     x = normal(3)
