@@ -7,6 +7,7 @@ itself, the chain with the full covariance at 30 steps, and measured; every meth
     adapted              sd.Adapted with the prior's spectral covariance
     adapted, isotropic   its mean over frequencies in place of it, in twist and proposal
     adapted, doubled     twice it, in twist and proposal
+    adapted, Free Hunch  it and what each particle's last four steps add to it; not where no basis is shared
     TDS                  point, widened (0.1, max_shift 0.3) and PiGDM twists, on the same chain
     DPS                  1000 steps, one particle a chain
     DDRM, DiffPIR        100 steps, one particle a chain, as published; where the operator has an svd
@@ -77,6 +78,7 @@ def methods(prior: sd.DiffusionPrior, task: str) -> dict[str, tuple[Callable[[An
         "adapted": (sd.Adapted, STEPS, True),
         "adapted, doubled": (lambda m: sd.Adapted(m, scaled(covariance, False, 2.0)), STEPS, True),
         "adapted, isotropic": (lambda m: sd.Adapted(m, scaled(covariance, True, 1.0)), STEPS, True),
+        "adapted, Free Hunch": (lambda m: sd.Adapted(m, sd.FreeHunchCovariance(covariance)), STEPS, True),
         "TDS, widened": (lambda m: sd.TDS(m, sd.WidenedTwist(0.1), max_shift=0.3), STEPS, True),
         "TDS, point": (sd.TDS, STEPS, True),
         "TDS, PiGDM": (lambda m: sd.TDS(m, sd.PiGDMTwist()), STEPS, True),

@@ -31,6 +31,7 @@ from smcdiff.diffusion.denoiser import (
     from_flow,
     from_velocity,
 )
+from smcdiff.diffusion.free_hunch import FreeHunchCovariance
 from smcdiff.diffusion.prior import DiffusionPrior
 from smcdiff.diffusion.schedule import (
     CosineSchedule,
@@ -175,6 +176,7 @@ __all__ = [
     "FlowSchedule",
     "FourierMagnitude",
     "FourierSampling",
+    "FreeHunchCovariance",
     "GaussianDenoiser",
     "GaussianFieldDenoiser",
     "GaussianMeasurement",

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from smcdiff.diffusion.covariance import Covariance
-from smcdiff.diffusion.covariance_models import CovarianceModel, KnowsCovariance
+from smcdiff.diffusion.covariance_models import CovarianceModel, DependsOnPath, KnowsCovariance, Parts
 from smcdiff.diffusion.denoiser import Denoiser, Estimate
 from smcdiff.diffusion.kernels import (
     VARIANCES,
@@ -85,6 +85,12 @@ class ReverseChain:
                 'got variance="full" with a prior that knows no covariance of x_0 given x_t; measure it once with '
                 "prior.calibrate(images), or take another variance"
             )
+        if isinstance(self.covariance, DependsOnPath):
+            raise ValueError(
+                f"got {type(self.covariance).__name__} as the covariance of a prior; it depends on the path of a "
+                "particle, and a chain on its last state alone. Calibrate the prior, or give it a covariance of its "
+                "own, and take sd.Adapted(model, covariance=...) for this one"
+            )
         if self.variance == "full" and self.batch_shape:
             raise ValueError('got variance="full" in a plate, which it does not support; give each event its own site')
         if self.start is None:
@@ -126,8 +132,12 @@ class ReverseChain:
         mean = self.denoiser(x_t, level).mean
         return mean if self.clip is None else mean.clamp(*self.clip)
 
-    def estimate(self, k: int, x_t: Tensor) -> Estimate:
-        """What the denoiser says at level k of particles x_t, (m, *shape); the one network evaluation of a step."""
+    def estimate(self, k: int, x_t: Tensor, before: Parts | None = None) -> Estimate:
+        """What the denoiser says at level k of particles x_t, (m, *shape); the one network evaluation of a step.
+
+        Args:
+            before: what the covariance kept of these particles at the level before; None where there was none.
+        """
         event_shape = self.denoiser.event_shape
         estimate = self.denoiser(x_t.reshape(-1, *event_shape), self.levels[k])
         mean = estimate.mean if self.clip is None else estimate.mean.clamp(*self.clip)
@@ -142,7 +152,7 @@ class ReverseChain:
         variance, fraction = unfolded(estimate.variance), unfolded(estimate.fraction)
         parts = {}
         if self.covariance is not None and self.variance == "full":
-            parts = self.covariance.parts(self.denoiser, x_t, self.levels[k], Estimate(mean))
+            parts = self.covariance.parts(self.denoiser, x_t, self.levels[k], Estimate(mean, parts=before or {}))
         return Estimate(mean.reshape(x_t.shape), variance, fraction, parts)
 
     def covariance_of(self, k: int, x_t: Tensor, estimate: Estimate) -> Covariance | None:

@@ -2,6 +2,7 @@ r"""Covariance matrices of pictures, in forms that can be applied, drawn from an
 
     diagonal     C = V diag(v) V^T                 V an orthonormal basis: pixels, cosines, Hartley
     low rank     C = V (diag(v) + U U^T) V^T       U of a few columns per particle
+    corrected    C = V (diag(v) + W S W^T) V^T     S small and of either sign: what was learnt against diag(v)
     dense        C                                 for small problems, and the form the others are tested against
 
 All are covariances of m particles at once (or one for all), so that they can depend on what each particle looks like.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from smcdiff.transforms import PIXELS, Basis
 
-__all__ = ["Covariance", "Dense", "Diagonal", "LowRank"]
+__all__ = ["Corrected", "Covariance", "Dense", "Diagonal", "LowRank"]
 
 
 class Covariance(Protocol):
@@ -77,10 +78,15 @@ class Diagonal:
     def affine(self, scale: float, shift: float) -> Diagonal:
         return Diagonal((scale * self.variance + shift).clamp(min=_floor(self.variance.dtype)), self.basis)
 
-    def given(self, precision: float) -> Diagonal:
-        if math.isinf(precision):
+    def given(self, precision: float | Tensor) -> Diagonal:
+        """A precision for each coordinate, (m or 1, *event), is of C in the coordinates of V."""
+        if isinstance(precision, float) and math.isinf(precision):
             return Diagonal(torch.zeros_like(self.variance), self.basis)
         return Diagonal(self.variance / (1 + precision * self.variance), self.basis)
+
+    def log_det_gain(self, precision: Tensor) -> Tensor:
+        """log det(I + C V diag(precision) V^T), (m or 1,) of float64."""
+        return _sum(torch.log1p(self.variance * precision))
 
 
 @final
@@ -182,6 +188,101 @@ class LowRank:
         mixing = torch.linalg.solve_triangular(lower, self._m.expand(len(gram), -1, -1), upper=False)
         factors = (self._w * kept[:, None]).reshape(-1, *self.factors.shape[1:])
         return LowRank(self.variance / (1 + precision * self.variance), factors, self.basis, mixing)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """C = V (diag(v) + W S W^T) V^T, positive definite though S need not be.
+
+    Args:
+        variance: v, (m or 1, *event) or broadcastable to it, positive.
+        factors: W in the coordinates of V, (m, rank, *event); columns may be zero.
+        core: S, (m, rank, rank), symmetric, float64.
+        basis: V.
+    """
+
+    variance: Tensor
+    factors: Tensor
+    core: Tensor
+    basis: Basis = PIXELS
+
+    @property
+    def _v(self) -> Tensor:
+        """v of the full event's shape, flat, float64: (m or 1, d)."""
+        return self.variance.expand(-1, *self.factors.shape[2:]).flatten(1).double()
+
+    @property
+    def _w(self) -> Tensor:
+        """(m, rank, d), float64."""
+        return self.factors.flatten(2).double()
+
+    def _axes(self) -> tuple[Tensor, Tensor]:
+        """F (m, rank, d) with orthonormal or zero rows and l (m, rank): C = D^(1/2) (I + F^T diag(l) F) D^(1/2)."""
+        b = self._w / self._v.sqrt()[:, None]
+        size, turn = torch.linalg.eigh(b @ b.mT)
+        positive = size > _RANK * size.amax(-1, keepdim=True)
+        root = torch.where(positive, size, 0.0).sqrt()
+        inverse = torch.where(positive, 1 / torch.where(positive, root, 1.0), 0.0)
+        inner = root[..., None] * (turn.mT @ self.core @ turn) * root[..., None, :]
+        values, q = torch.linalg.eigh(0.5 * (inner + inner.mT))
+        return q.mT @ (inverse[..., None] * (turn.mT @ b)), values.clamp(min=_RANK - 1)
+
+    def apply(self, v: Tensor) -> Tensor:
+        c = self.basis.to_spectral(v)
+        flat, w = c.flatten(1).double(), self._w
+        out = self._v * flat + (w.mT @ (self.core @ (w @ flat[..., None])))[..., 0]
+        return self.basis.from_spectral(out.reshape(c.shape).to(v.dtype))
+
+    def draw(self, noise: Tensor) -> Tensor:
+        axes, values = self._axes()
+        flat = noise.flatten(1).double()[..., None]
+        flat = flat + axes.mT @ (((1 + values).sqrt() - 1)[..., None] * (axes @ flat))
+        return self.basis.from_spectral((self._v.sqrt() * flat[..., 0]).reshape(noise.shape).to(noise.dtype))
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        axes, values = self._axes()
+        v = self._v
+        white = self.basis.to_spectral(residual).flatten(1).double() / v.sqrt()
+        along = (axes @ white[..., None])[..., 0]
+        quadratic = white.square().sum(1) - (values / (1 + values) * along.square()).sum(1)
+        log_det = v.log().sum(1) + torch.log1p(values).sum(1)
+        return -0.5 * (quadratic + log_det + white.shape[1] * math.log(2 * math.pi))
+
+    def affine(self, scale: float, shift: float) -> Corrected:
+        variance = (scale * self.variance + shift).clamp(min=_floor(self.variance.dtype))
+        return Corrected(variance, self.factors, scale * self.core, self.basis)
+
+    def given(self, precision: float | Tensor) -> Corrected | Diagonal:
+        """A precision for each coordinate, (m or 1, *event), is of C in the coordinates of V."""
+        if isinstance(precision, float) and math.isinf(precision):
+            return Diagonal(torch.zeros_like(self.variance), self.basis)
+        # with K = 1 / (1 + a v) it is K v + K W (I + S W^T K a W)^-1 S W^T K
+        kept = 1 / (1 + precision * self.variance)
+        core = torch.linalg.solve_ex(self._gain(kept * precision), self.core)[0]
+        return Corrected(
+            self.variance * kept,
+            self.factors * kept.expand(-1, *self.factors.shape[2:])[:, None],
+            0.5 * (core + core.mT),
+            self.basis,
+        )
+
+    def log_det_gain(self, precision: Tensor) -> Tensor:
+        """log det(I + C V diag(precision) V^T), (m,) of float64."""
+        information = precision * self.variance
+        gain = self._gain(precision / (1 + information))
+        return _sum(torch.log1p(information)) + torch.linalg.slogdet(gain)[1]
+
+    def _gain(self, weight: Tensor) -> Tensor:
+        """I + S W^T diag(weight) W, (m, rank, rank)."""
+        w = self._w
+        across = weight.expand(-1, *self.factors.shape[2:]).flatten(1).double()
+        eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
+        return eye + self.core @ ((w * across[:, None]) @ w.mT)
+
+
+#: Directions of W shorter than this share of the longest are rounding, and no direction of C is shorter than it was.
+_RANK = 1e-12
 
 
 @final

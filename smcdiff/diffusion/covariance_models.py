@@ -4,6 +4,7 @@ r"""Models of the covariance of x_0 given x_t: what to believe of the error of a
     spectral     C_t = V diag(v_t) V^T                    one number per level and per cosine or Fourier coefficient
     Jacobian     C_t = (sigma_t^2 / alpha_t) d x0_hat / d x_t      exact for an exact denoiser (Tweedie); small problems
 
+and spectral with a correction of low rank that each particle gathers on its way (:mod:`smcdiff.diffusion.free_hunch`).
 The exact denoisers of :mod:`smcdiff.diffusion.analytic` know theirs exactly; that of a network is measured by
 :meth:`smcdiff.DiffusionPrior.calibrate`.
 
@@ -35,9 +36,11 @@ from smcdiff.transforms import DCT, HARTLEY, PIXELS, Basis
 __all__ = [
     "BASES",
     "CovarianceModel",
+    "DependsOnPath",
     "IsotropicCovariance",
     "JacobianCovariance",
     "KnowsCovariance",
+    "Parts",
     "SpectralBasis",
     "SpectralCovariance",
     "check_basis",
@@ -53,7 +56,12 @@ class CovarianceModel(Protocol):
     """C_t = Cov[x_0 given x_t], in two halves: what depends on the particle, and the matrix made of it."""
 
     def parts(self, denoiser: Denoiser, x_t: Tensor, level: NoiseLevel, estimate: Estimate) -> Parts:
-        """What :meth:`at` needs to know of particles x_t, (m, *event); empty where one covariance serves all."""
+        """What :meth:`at` needs to know of particles x_t, (m, *event); empty where one covariance serves all.
+
+        Args:
+            estimate: x0_hat, and as its parts what this method gave of the same particles at the level before; none at
+                the first.
+        """
 
     def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Covariance:
         """C_t of the particles whose parts these are.
@@ -61,6 +69,15 @@ class CovarianceModel(Protocol):
         Args:
             like: gives dtype, device and number of dimensions, (m, *event).
         """
+
+
+@runtime_checkable
+class DependsOnPath(Protocol):
+    """A covariance model for which the state of a particle is not enough."""
+
+    @property
+    def depends_on_path(self) -> bool:
+        """True: what it says depends on the levels before."""
 
 
 @runtime_checkable

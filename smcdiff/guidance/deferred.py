@@ -62,7 +62,7 @@ class DeferredModel:
         """x_s from q; the weight is 1 up to the last step, and there that of the whole path."""
         k = self.num_steps - i
         x, log_ratio = self._model.propose(i, particles, generator)
-        moved, faults = self._model.evaluate(k, x)
+        moved, faults = self._model.evaluate(k, x, particles)
         if k > 0:
             moved = {**moved, "log_psi": particles["log_psi"] - log_ratio}
         return Move(moved, log_ratio + moved["log_psi"] - particles["log_psi"], faults)

@@ -1,6 +1,7 @@
 r"""The quadratic of a picture whose covariance and measurement are diagonal in one basis: everything elementwise.
 
-Blur and Fourier, masks and pixels, white noise and any basis. With C = V diag(v) V^T, J = V diag(j) V^T, c = V^T m and
+Blur and Fourier, masks and pixels, white noise and any basis. The covariance may have a correction of low rank besides
+(:class:`smcdiff.diffusion.covariance.Corrected`). Without one, C = V diag(v) V^T, J = V diag(j) V^T, c = V^T m and
 slope g in coordinates,
 
     log of the integral     l + sum_i (g_i^2 v_i / (1 + v_i j_i) - log(1 + v_i j_i)) / 2
@@ -9,14 +10,15 @@ slope g in coordinates,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from smcdiff.diffusion.covariance import Diagonal
+from smcdiff.diffusion.covariance import Corrected, Covariance, Diagonal
 from smcdiff.guidance.gauss_newton import whitened
 from smcdiff.guidance.picture import foretold_variance, innermost, picture_measurement
 from smcdiff.guidance.program import Program
@@ -52,13 +54,10 @@ class DiagonalMeasurement:
         return {}
 
     def condition(self, mean: States, covariance: Covariances) -> _DiagonalConditioned:
-        m, c = mean[self.name], covariance[self.name]
-        assert isinstance(c, Diagonal)
+        m, c = mean[self.name], _in_coordinates(covariance[self.name])
         missing = self.seen - self.root * self.basis.to_spectral(m)
         value = self.constant - 0.5 * _sum(missing.square())
-        return _DiagonalConditioned(
-            self.name, m, c.variance, value, self.root * missing, self.root.square(), self.basis
-        )
+        return _DiagonalConditioned(self.name, m, c, value, self.root * missing, self.root.square(), self.basis)
 
     def expanded(self, program: Program, at: States) -> DiagonalExpansion:
         """The program's own law about ``at``, with this curvature."""
@@ -92,37 +91,42 @@ class DiagonalExpansion:
         return {self.name: self.at}
 
     def condition(self, mean: States, covariance: Covariances) -> _DiagonalConditioned:
-        m, c = mean[self.name], covariance[self.name]
-        assert isinstance(c, Diagonal)
+        m, c = mean[self.name], _in_coordinates(covariance[self.name])
         d = self.basis.to_spectral(m - self.at)
         value = self.value + _sum((self.slope - 0.5 * self.precision * d) * d)
-        return _DiagonalConditioned(
-            self.name, m, c.variance, value, self.slope - self.precision * d, self.precision, self.basis
-        )
+        return _DiagonalConditioned(self.name, m, c, value, self.slope - self.precision * d, self.precision, self.basis)
+
+
+def _in_coordinates(covariance: Covariance) -> Diagonal | Corrected:
+    """V^T C V."""
+    assert isinstance(covariance, Diagonal | Corrected)
+    return replace(covariance, basis=PIXELS)
 
 
 @dataclass(frozen=True, eq=False)
 class _DiagonalConditioned:
     name: str
     centre: Tensor  # m
-    variance: Tensor
+    covariance: Diagonal | Corrected  # C in coordinates
     value: Tensor
     slope: Tensor  # g at m, in coordinates
-    precision: Tensor
+    precision: Tensor  # j
     basis: Basis
 
+    @cached_property
+    def _posterior(self) -> Diagonal | Corrected:
+        """P in coordinates."""
+        return self.covariance.given(self.precision)
+
     def log_integral(self) -> Tensor:
-        information = self.variance * self.precision
-        gained = self.slope.square() * (self.variance / (1 + information)) - torch.log1p(information)
-        return self.value + 0.5 * _sum(gained)
+        gained = _sum(self.slope * self._posterior.apply(self.slope))
+        return self.value + 0.5 * (gained - self.covariance.log_det_gain(self.precision))
 
     def mean(self) -> States:
-        shift = self.variance / (1 + self.variance * self.precision) * self.slope
-        return {self.name: self.centre + self.basis.from_spectral(shift)}
+        return {self.name: self.centre + self.basis.from_spectral(self._posterior.apply(self.slope))}
 
     def draw(self, noise: Noise) -> States:
-        spread = self.variance / (1 + self.variance * self.precision)
-        shift = spread * self.slope + spread.sqrt() * noise(self.centre.shape)
+        shift = self._posterior.apply(self.slope) + self._posterior.draw(noise(self.centre.shape))
         return {self.name: self.centre + self.basis.from_spectral(shift)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 from weakref import WeakKeyDictionary
 
@@ -79,22 +79,25 @@ class Beside:
     given: CovarianceModel
 
     def parts(self, denoiser: Denoiser, x_t: Tensor, level: NoiseLevel, estimate: Estimate) -> Parts:
-        given = self.given.parts(denoiser, x_t, level, estimate)
-        return {
-            **self.own.parts(denoiser, x_t, level, estimate),
-            **{f"{_GIVEN}{key}": part for key, part in given.items()},
-        }
+        before = {key: part for key, part in estimate.parts.items() if not key.startswith(_GIVEN)}
+        own = self.own.parts(denoiser, x_t, level, replace(estimate, parts=before))
+        given = self.given.parts(denoiser, x_t, level, replace(estimate, parts=_given(estimate.parts)))
+        return {**own, **{f"{_GIVEN}{key}": part for key, part in given.items()}}
 
     def at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Covariance:
         return self.own.at(level, parts, like)
 
     def given_at(self, level: NoiseLevel, parts: Parts, like: Tensor) -> Covariance:
         """The other covariance of the same particles."""
-        kept = {key[len(_GIVEN) :]: part for key, part in parts.items() if key.startswith(_GIVEN)}
-        return self.given.at(level, kept, like)
+        return self.given.at(level, _given(parts), like)
 
 
 _GIVEN = "given/"
+
+
+def _given(parts: Parts) -> Parts:
+    """What the other covariance keeps, under its own names."""
+    return {key[len(_GIVEN) :]: part for key, part in parts.items() if key.startswith(_GIVEN)}
 
 
 class _Full(Messenger):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smcdiff.diffusion.covariance import Diagonal
+from smcdiff.diffusion.covariance import Corrected, Diagonal
 from smcdiff.guidance.conjugate_gradients import ConjugateGradients, IterativeMeasurement, LinearSystem
 from smcdiff.guidance.curvature import curvature_expansion
 from smcdiff.guidance.elementwise import DiagonalMeasurement, diagonal_expansion, diagonal_measurement, measured_latent
@@ -75,7 +75,8 @@ class Conditioning:
         if spectral is not None:
             surrogate = diagonal_measurement(program, spectral.basis)
             many = count > self.max_measurements
-            if surrogate is None and many and picture is not None and len(spectral.variance) == 1:
+            shared = isinstance(spectral, Diagonal) and len(spectral.variance) == 1
+            if surrogate is None and many and picture is not None and shared:
                 surrogate = _iterative(program, spectral.basis, self.solver, highest)
         if surrogate is not None and picture is not None and picture.exact:
             return surrogate
@@ -96,7 +97,7 @@ class Conditioning:
         self,
         program: Program,
         held: States,
-        spectral: Diagonal | None,
+        spectral: Diagonal | Corrected | None,
         surrogate: DiagonalMeasurement | IterativeMeasurement | None,
         count: int,
     ) -> Callable[[States], Information]:
@@ -152,10 +153,10 @@ class _Climb:
         return best
 
 
-def _spectral(program: Program, covariances: Covariances) -> Diagonal | None:
+def _spectral(program: Program, covariances: Covariances) -> Diagonal | Corrected | None:
     """The covariance of the program's one diffusion prior where it is diagonal in a basis."""
     found = [covariances[name] for name, latent in program.latents.items() if latent.is_diffusion]
-    return found[0] if len(found) == 1 and isinstance(found[0], Diagonal) else None
+    return found[0] if len(found) == 1 and isinstance(found[0], Diagonal | Corrected) else None
 
 
 _SYSTEMS = "linear systems"

@@ -126,7 +126,7 @@ class SteeredModel:
         """x_s from q, and the incremental weight log p - log q + log G_s."""
         k = self.num_steps - i
         x, log_ratio = self._model.propose(i, particles, generator)
-        moved, faults = self._model.evaluate(k, x)
+        moved, faults = self._model.evaluate(k, x, particles)
         if k > 0 and is_scored(k, self.num_steps, self._every):
             moved |= self._potential.follow(moved["log_psi"], particles)
         elif k > 0:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smcdiff.diffusion.covariance_models import DependsOnPath, Parts
 from smcdiff.diffusion.denoiser import Estimate
 from smcdiff.diffusion.kernels import Gaussian
 from smcdiff.guidance.base import (
@@ -36,6 +37,7 @@ from smcdiff.guidance.base import (
     TransitionLaw,
     WithHeld,
 )
+from smcdiff.guidance.full_chains import Beside
 from smcdiff.guidance.program import Program
 from smcdiff.smc.feynman_kac import Move, Particles
 
@@ -105,7 +107,7 @@ class TwistedModel:
     def step(self, i: int, particles: Particles, generator: torch.Generator) -> Move:
         """x_s from q, and the incremental weight."""
         x, log_ratio = self.propose(i, particles, generator)
-        moved, faults = self.evaluate(self.num_steps - i, x)
+        moved, faults = self.evaluate(self.num_steps - i, x, particles)
         return Move(moved, log_ratio + moved["log_psi"] - particles["log_psi"], faults)
 
     def propose(self, i: int, particles: Particles, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
@@ -124,7 +126,19 @@ class TwistedModel:
         return log_ratio.reshape(current["log_psi"].shape) + current["log_psi"] - previous["log_psi"]
 
     def log_transition(self, i: int, previous: Particles, current: Particles) -> Tensor:
-        """log p(x_s given x_t) - log psi_t(x_t), (b, n): all of a path's density that depends on x_t."""
+        """log p(x_s given x_t) - log psi_t(x_t), (b, n): all of a path's density that depends on x_t.
+
+        Raises:
+            TypeError: where the proposal depends on more of a path than its last state.
+        """
+        for name, latent in self.program.latents.items():
+            covariance = latent.chain.covariance
+            if isinstance(covariance, Beside) and isinstance(covariance.given, DependsOnPath):
+                raise TypeError(
+                    f"got a proposal of {name!r} by a covariance that depends on a particle's path, which cannot be "
+                    "given another past; take the prior's own covariance, or moves without ancestor or backward "
+                    "sampling"
+                )
         log_p = self._transition(i, previous).log_p(self._states(current))
         return log_p.reshape(previous["log_psi"].shape) - previous["log_psi"]
 
@@ -144,7 +158,7 @@ class TwistedModel:
                 continue
             prefix = f"{name}/"
             here = {key[len(prefix) :]: v.flatten(0, 1) for key, v in particles.items() if key.startswith(prefix)}
-            parts = {key[len(_OF_COVARIANCE) :]: v for key, v in here.items() if key.startswith(_OF_COVARIANCE)}
+            parts = _parts(name, particles)
             estimate = Estimate(here["x0_hat"], here.get("variance"), here.get("fraction"), parts)
             p = latent.chain.transition(k, x_t, estimate)
             coefficients = latent.chain.step(k)
@@ -167,27 +181,38 @@ class TwistedModel:
             laws[name] = (law, q)
         return IndependentTransition(laws)
 
-    def evaluate(self, k: int, x: dict[str, Tensor]) -> tuple[Particles, dict[str, Tensor]]:
-        """All that particles at noise level k carry, and what went wrong in which chain."""
+    def evaluate(
+        self, k: int, x: dict[str, Tensor], before: Particles | None = None
+    ) -> tuple[Particles, dict[str, Tensor]]:
+        """All that particles at noise level k carry, and what went wrong in which chain.
+
+        Args:
+            before: what the same particles carried at the level before; None where there was none.
+        """
         b, n = next(iter(x.values())).shape[:2]
         flat = {name: value.flatten(0, 1) for name, value in x.items()}
+        kept = {name: _parts(name, before or {}) for name in x}
         size = self.max_batch or b * n
         parts = []
         for start in range(0, b * n, size):
             chunk = {name: value[start : start + size] for name, value in flat.items()}
-            parts.append(self._predict(k, chunk) if k else {**chunk, "log_psi": self.program.log_prob(chunk)})
+            if k:
+                past = {name: {key: v[start : start + size] for key, v in old.items()} for name, old in kept.items()}
+                parts.append(self._predict(k, chunk, past))
+            else:
+                parts.append({**chunk, "log_psi": self.program.log_prob(chunk)})
         whole = parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         particles = {key: value.unflatten(0, (b, n)) for key, value in whole.items()}
         return particles, _faults(particles)
 
-    def _predict(self, k: int, x: dict[str, Tensor]) -> Particles:
+    def _predict(self, k: int, x: dict[str, Tensor], past: dict[str, Parts]) -> Particles:
         """Denoisers, twist and gradient on one batch (m, *shape): the network's one evaluation."""
         proposal = self.method.proposal
         forward_only = isinstance(self.method, ForwardOnly) and self.method.forward_only
         with torch.set_grad_enabled(not forward_only):
             x = {name: value.detach().requires_grad_(not forward_only) for name, value in x.items()}
             estimates = {
-                name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name])
+                name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name], past[name])
                 for name, latent in self.program.latents.items()
             }
             prediction = Prediction(self.program, k, x, estimates)
@@ -236,6 +261,12 @@ class TwistedModel:
 _OF_COVARIANCE, _OWN = "covariance/", "own/"
 #: Before the names of what a joint proposal keeps of a particle; no site has this name.
 _CARRIED = "(proposal)/"
+
+
+def _parts(name: str, particles: Particles) -> Parts:
+    """What the covariance of a latent keeps of each particle; particles and chains in one axis."""
+    prefix = f"{name}/{_OF_COVARIANCE}"
+    return {key[len(prefix) :]: value.flatten(0, 1) for key, value in particles.items() if key.startswith(prefix)}
 
 
 def _faults(particles: Particles) -> dict[str, Tensor]:

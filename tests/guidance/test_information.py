@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 import smcdiff as sd
-from smcdiff.diffusion.covariance import Covariance, Dense, Diagonal, LowRank
+from smcdiff.diffusion.covariance import Corrected, Covariance, Dense, Diagonal, LowRank
 from smcdiff.guidance.conjugate_gradients import ConjugateGradients, IterativeMeasurement
 from smcdiff.guidance.elementwise import DiagonalExpansion, DiagonalMeasurement
 from smcdiff.guidance.gauss_newton import FewMeasurements
@@ -73,6 +73,16 @@ def diagonal(basis: Any, shared: bool = False) -> Callable[[int], Covariance]:
     return lambda m: Diagonal(random(1 if shared else m, *EVENT, seed=1).square() + 0.1, basis)
 
 
+def corrected(basis: Any) -> Callable[[int], Covariance]:
+    """What was learnt takes away along one direction and adds along another."""
+
+    def make(m: int) -> Corrected:
+        core = torch.tensor([[-0.004, 0.003], [0.003, 0.3]], dtype=F64)
+        return Corrected(random(m, *EVENT, seed=1).square() + 0.1, random(m, 2, *EVENT), core.expand(m, 2, 2), basis)
+
+    return make
+
+
 BLUR, ZERO, SELECT = sd.Blur(KERNEL), sd.Blur(KERNEL, sd.Zero()), sd.Select(SEEN)
 GAUSS = sd.GaussianMeasurement
 LOWER = correlated()
@@ -84,6 +94,8 @@ FEW = {
                                 [white(int(SEEN.sum()), 0.09)],
                                 lambda m: LowRank(random(m, *EVENT).square() + 0.1, random(m, 2, *EVENT), DCT),
                                 FewMeasurements),
+    "corrected covariance": Case(model_of(lambda x: GAUSS(SELECT, x, 0.3)), lambda x: [SELECT(x)],
+                                 [white(int(SEEN.sum()), 0.09)], corrected(DCT), FewMeasurements),
     "dense covariance": Case(model_of(lambda x: GAUSS(SELECT, x, 0.3)), lambda x: [SELECT(x)],
                              [white(int(SEEN.sum()), 0.09)],
                              lambda m: Dense(torch.stack([root_of(D, i) @ root_of(D, i).mT for i in range(m)])),
@@ -115,6 +127,10 @@ DIAGONAL = {
         model_of(lambda x: GAUSS(BLUR, x, 0.3), lambda x: GAUSS(sd.Identity(), x, 0.7).to_event(0)),
         lambda x: [BLUR(x), x], [white(D, 0.09), white(D, 0.49)], diagonal(HARTLEY),
         DiagonalMeasurement),
+    "blur, corrected": Case(model_of(lambda x: GAUSS(BLUR, x, 0.3)), lambda x: [BLUR(x)], [white(D, 0.09)],
+                            corrected(HARTLEY), DiagonalMeasurement),
+    "pixels, uneven noise, corrected": Case(model_of(lambda x: GAUSS(SELECT, x, UNEVEN[SEEN])), lambda x: [SELECT(x)],
+                                            [UNEVEN[SEEN].square()], corrected(PIXELS), DiagonalMeasurement),
     "one number": Case(model_of(lambda x: GAUSS(BLUR, x, 0.3)), lambda x: [BLUR(x)], [white(D, 0.09)],
                        lambda m: Diagonal(torch.full((1, 1, 1, 1), 0.4, dtype=F64), HARTLEY), DiagonalMeasurement),
 }  # fmt: skip
@@ -218,6 +234,8 @@ def test_draws_of_each_particle_by_itself(name: str) -> None:
 
         if isinstance(covariance, Diagonal):
             same: Covariance = Diagonal(copies(covariance.variance), covariance.basis)
+        elif isinstance(covariance, Corrected):
+            same = Corrected(*map(copies, (covariance.variance, covariance.factors, covariance.core)), covariance.basis)
         elif isinstance(covariance, LowRank):
             same = LowRank(copies(covariance.variance), copies(covariance.factors), covariance.basis)
         else:
