@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import fields
 import matplotlib.pyplot as plt
+from page import fill, table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "adapted_networks.jsonl"
@@ -28,11 +29,23 @@ def number(value: float | None, digits: int = 1) -> str:
     return f"{value:.2g}" if abs(value) >= 1e5 else f"{value:.{digits}f}"
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    head = "prior | problem | method | passes forward + back | summed variance, nats² | roots"
-    head += " | log Z between chains, nats"
-    head += " | PSNR, dB | in 90 % interval | exact draws would | seconds a particle"
-    lines = [f"| {head} |", "|" + "---|" * 11]
+HEAD = (
+    "prior",
+    "problem",
+    "method",
+    "passes forward + back",
+    "summed variance, nats²",
+    "roots",
+    "log Z between chains, nats",
+    "PSNR, dB",
+    "in 90 % interval",
+    "exact draws would",
+    "seconds a particle",
+)
+
+
+def networks_table(rows: Iterable[dict[str, Any]]) -> str:
+    lines = []
     for row in rows:
         if "failed" in row:
             cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 7]
@@ -51,8 +64,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
                 "–" if broken else f"{100 * row['nominal']:.1f} %",
                 number(row["seconds_per_particle"], 2),
             ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table(HEAD, lines, rule="---")
 
 
 def figure(rows: list[dict[str, Any]]) -> None:
@@ -74,20 +87,12 @@ def figure(rows: list[dict[str, Any]]) -> None:
     drawing.savefig(FIGURE, dpi=110)
 
 
-def fill(page: str, name: str, content: str) -> str:
-    """The page with what stands between the markers of that name replaced."""
-    begin, end = f"<!-- {name} of benchmarks/adapted_page.py -->\n", f"<!-- end of {name} -->\n"
-    before, rest = page.split(begin)
-    _, after = rest.split(end)
-    return before + begin + "\n" + content + "\n" + end + after
-
-
 def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     rows.sort(key=lambda row: (row["prior"], row["task"]))
     fields_rows = [json.loads(line) for line in fields.RESULTS.read_text().splitlines()]
-    page = fill(PAGE.read_text(), "fields", fields.tables(fields_rows).strip() + "\n")
-    PAGE.write_text(fill(page, "table", table(rows)))
+    contents = {"fields": fields.tables(fields_rows), "table": networks_table(rows)}
+    fill(PAGE, "benchmarks/adapted_page.py", contents)
     figure(rows)
 
 

@@ -34,7 +34,8 @@ from typing import Any
 import pyro
 import torch
 from kept import Kept
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 

@@ -40,7 +40,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributed as processes
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from pyro.infer import SMCFilter
 from torch import Tensor
 

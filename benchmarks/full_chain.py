@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from torch import Tensor
 
 import smcdiff as sd

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from torch import Tensor
 
 from smcdiff.smc import Capture, Move, ParticleFilter, Particles, Records, Systematic

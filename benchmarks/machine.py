@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe", "markdown"]
+__all__ = ["describe"]
 
 
 def describe() -> dict[str, str]:
@@ -24,13 +24,6 @@ def describe() -> dict[str, str]:
         "Python": sys.version.split()[0],
         "torch": str(torch.__version__),
     }
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows of equal keys as a markdown table."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([row[key] for key in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _processor() -> str:

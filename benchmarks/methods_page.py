@@ -17,8 +17,8 @@ import mixture
 import peers
 from catalogue import CATALOGUE
 from kept import Kept
-from machine import markdown
 from methods_table import KEYS, RUNS
+from page import markdown
 
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"

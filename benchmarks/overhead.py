@@ -21,7 +21,8 @@ from typing import Any
 
 import pyro
 import torch
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from torch import Tensor
 
 import smcdiff as sd

@@ -26,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe, markdown
+from machine import describe
+from page import markdown
 from torch import Tensor
 
 from smcdiff.smc.integer_weights import ancestors_from_counts, comb_counts, comb_search, cumulative, uniform_below

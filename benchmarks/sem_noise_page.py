@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from page import fill, table
 from PIL import Image
 from sem_noise_statistics import decided
 
@@ -35,10 +36,6 @@ def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 def mean(rows: list[Row], value: Callable[[Row], float]) -> float:
     return float(np.mean([value(row) for row in rows]))
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
 
 
 def percent(value: float) -> str:
@@ -238,7 +235,6 @@ def numbers(rows: list[Row]) -> str:
             "- Width of the blur, posterior mean ± standard deviation, pixels: "
             + ", ".join(f"{m:.2f} ± {s:.2f}" for m, s in blurred)
             + ".",
-            "",
         ]
     )
 
@@ -312,11 +308,6 @@ def write_page(results: Path) -> None:
             for row in (json.loads(line) for line in results.read_text().splitlines())
         }.values()
     )
-    text = PAGE.read_text()
-    for name, block in BLOCKS.items():
-        begin, end = f"<!-- {name} of benchmarks/sem_noise_page.py -->\n", f"<!-- end of {name} -->\n"
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + block(rows) + "\n" + end + rest.split(end)[1]
-    PAGE.write_text(text)
+    fill(PAGE, "benchmarks/sem_noise_page.py", {name: block(rows) for name, block in BLOCKS.items()})
     pictures(rows)
     coverage_figure(rows)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from benchmarks.machine import markdown
+from benchmarks.page import markdown
 from examples.mnist.study import METHODS, RESTORERS
 
 Row = dict[str, Any]

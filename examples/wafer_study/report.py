@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.page import fill, table
 from examples.wafer_study.methods import METHODS
 from examples.wafer_study.problems import CONTRAST, SETTINGS, differing, problem
 from examples.wafer_study.scores import exact_coverage
@@ -34,6 +35,7 @@ FALSE_ALARMS = 0.1
 
 Row = dict[str, Any]
 Statistic = Callable[[list[Row]], float]
+Table = tuple[list[str], list[list[str]]]  # head and lines
 
 
 def mean_of(key: str, where: Callable[[Row], bool] = lambda row: True) -> Statistic:
@@ -100,21 +102,13 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: chosen for name, chosen in found.items() if chosen}
 
 
-def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    body = ["| " + " | ".join(line) + " |" for line in lines]
-    top = "| " + " | ".join(head) + " |"
-    return "\n".join([top, "|" + "---|" * (top.count(" | ") + 1), *body]) + "\n"
+def defect_table(rows: list[Row]) -> Table:
+    found = by_method(rows).items()
+    lines = [[name, str(len(r)), *(interval(r, s) for s in DEFECTS.values())] for name, r in found]
+    return ["method", "pictures", *DEFECTS], lines
 
 
-def defect_table(rows: list[Row]) -> str:
-    return markdown(
-        ["method", "pictures", *DEFECTS],
-        ([name, str(len(r)), *(interval(r, s) for s in DEFECTS.values())] for name, r in by_method(rows).items()),
-    )
-
-
-def picture_table(rows: list[Row]) -> str:
+def picture_table(rows: list[Row]) -> Table:
     def work(r: list[Row]) -> list[str]:
         draws = round(mean_of("effective draws")(r))
         exact = ", ".join(f"{100 * exact_coverage(draws, mass):.0f}" for mass in (0.5, 0.9))
@@ -128,16 +122,14 @@ def picture_table(rows: list[Row]) -> str:
         "passes a draw, forward + back",
         "seconds a picture",
     ]
-    return markdown(
-        head,
-        (
-            [name, *(interval(r, s, digits, scale) for s, digits, scale in PICTURES.values()), *work(r)]
-            for name, r in by_method(rows).items()
-        ),
-    )
+    lines = [
+        [name, *(interval(r, s, digits, scale) for s, digits, scale in PICTURES.values()), *work(r)]
+        for name, r in by_method(rows).items()
+    ]
+    return head, lines
 
 
-def setting_table(rows: list[Row]) -> str:
+def setting_table(rows: list[Row]) -> Table:
     """Retention, PSNR and hallucinations for each dose and blur."""
     head = ["method"]
     for s in SETTINGS:
@@ -146,16 +138,14 @@ def setting_table(rows: list[Row]) -> str:
     def cell(r: list[Row]) -> str:
         return f"{mean_of('retention')(r):.2f} / {mean_of('psnr')(r):.1f} dB / {hallucination(r):.2f}" if r else "–"
 
-    return markdown(
-        head,
-        (
-            [name, *(cell([row for row in r if (row["width"], row["dose"]) == (s.width, s.dose)]) for s in SETTINGS)]
-            for name, r in by_method(rows).items()
-        ),
-    )
+    lines = [
+        [name, *(cell([row for row in r if (row["width"], row["dose"]) == (s.width, s.dose)]) for s in SETTINGS)]
+        for name, r in by_method(rows).items()
+    ]
+    return head, lines
 
 
-def decision_table(result: dict[str, Any]) -> str:
+def decision_table(result: dict[str, Any]) -> Table:
     """The reliability of examples/wafer_decisions.py."""
     lines = []
     for name, found in result["reliability"].items():
@@ -164,10 +154,9 @@ def decision_table(result: dict[str, Any]) -> str:
             for claimed, observed, count in zip(found["claimed"], found["observed"], found["count"], strict=True)
             if count
         ]
-        score = f"{found['brier']:.3f} | {found['brier_expected']:.3f} | {found['brier_z']:+.1f}"
-        lines.append([name, str(sum(found["count"])), "; ".join(bins), score])
-    head = ["claims", "number", "claimed → came true", "Brier score | expected if right | z"]
-    return markdown(head, lines)
+        score = [f"{found['brier']:.3f}", f"{found['brier_expected']:.3f}", f"{found['brier_z']:+.1f}"]
+        lines.append([name, str(sum(found["count"])), "; ".join(bins), *score])
+    return ["claims", "number", "claimed → came true", "Brier score", "expected if right", "z"], lines
 
 
 def middle(kernel: np.ndarray, half: int = 7) -> np.ndarray:
@@ -210,14 +199,6 @@ def gallery(folder: Path, number: int, out: Path) -> None:
     Image.open(buffer).convert("RGB").quantize(128).save(out, optimize=True)
 
 
-def fill(page: str, name: str, content: str) -> str:
-    """The page with what stands between the markers of that name replaced."""
-    begin, end = f"<!-- {name} of examples/wafer_study/report.py -->\n", f"<!-- end of {name} -->\n"
-    if begin not in page or end not in page:
-        raise SystemExit(f"docs/wafer_study.md has no markers of {name!r}")
-    return page[: page.index(begin) + len(begin)] + "\n" + content + "\n" + page[page.index(end) :]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -231,12 +212,11 @@ def main() -> None:
     if len(sizes) != 1:
         raise SystemExit(f"got runs of the sizes {sorted(sizes)} in {arguments.out}; a page is of one size")
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = PAGE.read_text()
-    for name, table in (("defects", defect_table), ("pictures", picture_table), ("settings", setting_table)):
-        page = fill(page, name, table(rows))
+    tables = {"defects": defect_table(rows), "pictures": picture_table(rows), "settings": setting_table(rows)}
     if DECISIONS.is_file():
-        page = fill(page, "decisions", decision_table(json.loads(DECISIONS.read_text())))
-    PAGE.write_text(page)
+        tables["decisions"] = decision_table(json.loads(DECISIONS.read_text()))
+    contents = {name: table(head, lines, rule="---") for name, (head, lines) in tables.items()}
+    fill(PAGE, "examples/wafer_study/report.py", contents)
     for number in arguments.gallery:
         gallery(arguments.out / "pictures", number, STATIC / f"wafer_study_{number}.png")
 

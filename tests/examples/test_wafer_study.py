@@ -1,8 +1,9 @@
-"""The wafer study's measures and its quadrature, on cases with known answers."""
+"""The wafer study's measures, on cases with known answers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from examples.wafer_study.measurements import gaussian, measure, noise
-from examples.wafer_study.problems import CONTRAST, SETTINGS, problem
-from examples.wafer_study.quadrature import parabola
+from examples.wafer_study.problems import CONTRAST, SETTINGS, Problem, problem
 from examples.wafer_study.scores import Posterior, exact_coverage, score
+from smcdiff.zoo.wafer import WaferPicture
 
 
 def posterior(x: Tensor, kernel: Tensor | None = None) -> Posterior:
@@ -41,6 +42,57 @@ def test_half_of_the_draws_are_half_of_the_probability_and_of_the_contrast() -> 
     row = score(given, posterior(torch.stack([given.clean, given.normal])))
     assert row["probability"] == pytest.approx(0.5)
     assert row["retention"] == pytest.approx(0.5)
+
+
+def with_defect() -> Problem:
+    """16 x 16 pixels of an uneven background, grain on all of them, and a defect of 4 pixels.
+
+    Three of the defect's pixels are brighter by 0.6 than without it and one is darker by 0.2: |clean - normal|^2 is
+    1.12 over them. One pixel beside them is brighter by 0.05, too little to be among the defect's.
+    """
+    rows, columns = np.mgrid[:16, :16]
+    normal = -0.9 + 0.1 * rows + 0.3 * (columns % 4 < 2)
+    clean, mask = normal.copy(), np.zeros((16, 16), dtype=bool)
+    clean[5, 4:7] += 0.6
+    clean[6, 4] -= 0.2
+    clean[6, 5] += 0.05
+    mask[5, 4:7] = mask[6, 4] = True
+    grain = 0.2 * np.random.default_rng(0).standard_normal((16, 16))
+    return Problem(0, WaferPicture(clean + grain, clean, normal, mask, "lines", "bridge"), SETTINGS[0], 0)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.0, 1.0, 1.3, -0.2], ids=["half", "none", "all", "overshoot", "reversed"])
+def test_retention_is_the_share_of_the_contrast(kept: float) -> None:
+    """Whatever the mean is elsewhere, and however the draws spread about it."""
+    given = with_defect()
+    mean = given.normal + kept * (given.clean - given.normal)
+    mean[~given.mask] = 0.7
+    spread = 0.3 * torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    row = score(given, posterior(torch.stack([mean - spread, mean + spread])))
+    assert row["retention"] == pytest.approx(kept, abs=1e-5)
+
+
+def test_retention_counts_a_pixel_by_its_squared_contrast() -> None:
+    """Kept in the bright pixels and not in the dark one, 3 * 0.6^2 of 1.12 are; draws count by their weights.
+
+    A grey level that is added everywhere counts by its product with the contrast, 0.1 * (3 * 0.6 - 0.2).
+    """
+    given = with_defect()
+    bright = torch.where(given.clean > given.normal, given.clean, given.normal)
+    assert score(given, posterior(bright[None]))["retention"] == pytest.approx(1.08 / 1.12, abs=1e-5)
+    added = score(given, posterior((given.clean + 0.1)[None]))["retention"]
+    assert added == pytest.approx(1 + 0.1 * (3 * 0.6 - 0.2) / 1.12, abs=1e-5)
+    w = torch.tensor([0.25, 0.125, 0.625], dtype=torch.float64)
+    draws = Posterior(torch.stack([given.clean, bright, given.normal]), w, None, 1, 0, {})
+    assert score(given, draws)["retention"] == pytest.approx(0.25 + 0.125 * 1.08 / 1.12, abs=1e-5)
+
+
+def test_a_picture_without_a_defect_has_no_retention() -> None:
+    given = with_defect()
+    healthy = replace(
+        given, picture=replace(given.picture, clean=given.picture.normal, mask=given.picture.mask & False)
+    )
+    assert not {"retention", "probability at the defect"} & set(score(healthy, posterior(given.normal[None])))
 
 
 def test_problems_are_what_they_say() -> None:
@@ -85,14 +137,3 @@ def test_the_cover_of_exact_draws() -> None:
     20 000 trials have the standard deviation 0.0027; five of them.
     """
     assert exact_coverage(10, 0.9) == pytest.approx(9 / 11, abs=0.014)
-
-
-def test_a_parabola_is_found_exactly() -> None:
-    u = np.linspace(-1, 1, 7)
-    mean, spread = parabola(u, -0.5 * ((u - 0.2) / 0.3) ** 2 + 5)
-    assert mean == pytest.approx(0.2) and spread == pytest.approx(0.3)
-
-
-def test_a_best_node_at_the_end_is_kept() -> None:
-    u = np.linspace(-1, 1, 5)
-    assert parabola(u, u) == (1.0, 0.5)
