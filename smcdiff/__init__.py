@@ -116,6 +116,8 @@ from smcdiff.measurement import (
 )
 from smcdiff.moves import MarginalMH, ParticleGibbs
 from smcdiff.smc import FilterError, ParticleFilter, Records
+from smcdiff.smc.distributed import ChainsOverRanks, OfWeights, ParticlesOverRanks
+from smcdiff.smc.ranks import RankError
 from smcdiff.state_space import StateSpaceModel
 from smcdiff.validation import (
     CalibrationStudy,
@@ -152,6 +154,7 @@ __all__ = [
     "Blur",
     "Bootstrap",
     "CalibrationStudy",
+    "ChainsOverRanks",
     "Choice",
     "Circular",
     "ClassifierFree",
@@ -206,14 +209,17 @@ __all__ = [
     "MotionPSF",
     "NetworkDenoiser",
     "NoiseLevel",
+    "OfWeights",
     "ParticleFilter",
     "ParticleGibbs",
+    "ParticlesOverRanks",
     "PiGDM",
     "PiGDMTwist",
     "PointTwist",
     "PoissonMeasurement",
     "PosteriorDraws",
     "Radon",
+    "RankError",
     "RePaint",
     "Records",
     "Replacement",

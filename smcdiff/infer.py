@@ -1,8 +1,12 @@
-"""The front door: run a method on a Pyro program and read its posterior, in the manner of ``pyro.infer.MCMC``."""
+"""The front door: run a method on a Pyro program and read its posterior, in the manner of ``pyro.infer.MCMC``.
+
+One run may take several processes, which share its chains or its particles; each of them then holds the whole result.
+"""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +25,13 @@ from smcdiff.guidance.potentials import Steers, with_potential
 from smcdiff.guidance.predictive import Call
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.time_travel import TravellingModel, with_travel
-from smcdiff.guidance.twisted import TwistedModel
+from smcdiff.guidance.twisted import POINT_MASS, Evaluations, TwistedModel
 from smcdiff.smc import FeynmanKac, FilterResult, FilterState, History, ParticleFilter, Records
-from smcdiff.smc.checkpoint import Checkpoint
+from smcdiff.smc.checkpoint import Checkpoint, digest
+from smcdiff.smc.distributed import ChainsOverRanks, ChainsResult, OfWeights, ParticlesOverRanks, reading_particles
 from smcdiff.smc.evidence import evidence_variance
 from smcdiff.smc.genealogy import surviving_roots
+from smcdiff.smc.ranks import Ranks
 
 if TYPE_CHECKING:
     from smcdiff.diagnostics.groups import Group
@@ -61,21 +67,29 @@ class WeightedSamples:
 class SMC:
     """Sequential Monte Carlo on a Pyro program.
 
+    With ``filter=ChainsOverRanks()`` or ``ParticlesOverRanks()`` the processes of ``torchrun`` share a run: each makes
+    the same calls, and each holds the posterior of all chains and particles after :meth:`run`. Nothing after it needs
+    the others, so one process may write files while the rest goes on.
+
     Args:
         kernel: a method applied to the program, such as ``sd.TDS(model)``.
         num_particles: n, particles of one chain, resampled among each other.
         num_chains: b, independent particle systems; pooled by their evidence.
-        filter: how particles are resampled, and when.
+        filter: how particles are resampled, and when; and over which processes they are spread.
         max_batch: largest number of particles put through the network at once; None takes what fits into half of the
             free memory. The result does not depend on it.
-        seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets.
+        seed: of all the noise; None takes one from torch's global generator, which ``pyro.set_rng_seed`` sets, that of
+            rank 0 on several processes.
         records: what to keep of the steps; the entropy of the weights is added to its summaries.
-        progress: show a progress bar.
+        progress: show a progress bar, on rank 0 alone.
         checkpoint: a file to keep the run in, once a minute; if the same run is kept there already, it goes on from
-            where it stood, to the same result. Needs a seed.
+            where it stood, to the same result. Needs a seed. Each of several processes keeps files of its own, with
+            ``.rank<r>`` and ``.a`` or ``.b`` in the name.
 
     Raises:
-        ValueError: for numbers of particles or chains below 1, or a checkpoint without a seed.
+        TypeError: for a filter that is none of the three.
+        ValueError: for numbers of particles or chains below 1, a checkpoint without a seed, or, on several processes,
+            summaries in ``records`` that are not :class:`~smcdiff.smc.distributed.OfWeights`.
     """
 
     def __init__(
@@ -84,7 +98,7 @@ class SMC:
         num_particles: int,
         num_chains: int = 1,
         *,
-        filter: ParticleFilter = ParticleFilter(),  # noqa: B008 (immutable)
+        filter: ParticleFilter | ChainsOverRanks | ParticlesOverRanks = ParticleFilter(),  # noqa: B008 (immutable)
         max_batch: int | None = None,
         seed: int | None = None,
         records: Records = Records(),  # noqa: B008 (immutable)
@@ -96,9 +110,10 @@ class SMC:
         for name, value in (("num_particles", num_particles), ("num_chains", num_chains)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"got {name} {value!r}; expected an integer of at least 1")
+        _check_filter(filter, records)
         self.kernel, self.num_particles, self.num_chains = kernel, num_particles, num_chains
         self._filter, self._max_batch, self._seed = filter, max_batch, seed
-        self._records = replace(records, summaries={"entropy": _entropy, **records.summaries})
+        self._records = replace(records, summaries={"entropy": OfWeights(entropy), **records.summaries})
         self._progress, self._checkpoint = progress, checkpoint
         self._finished: _Finished | None = None
 
@@ -106,39 +121,55 @@ class SMC:
         """Condition the program on these arguments, measurements among them, and run; returns itself.
 
         Raises:
-            ValueError, TypeError: for a program or a measurement that cannot be run, before any work is done.
+            ValueError, TypeError: for a program or a measurement that cannot be run, or numbers that the processes
+                cannot share, before any work is done.
             FilterError: for a run whose result cannot stand, naming step, chain, fault and remedy.
+            RankError: if another process failed, died, did not answer in time or was given another program,
+                measurement or number.
+            RuntimeError: for a filter over ranks where ``torch.distributed`` was not initialised.
         """
-        program = Program(self.kernel.model, args, kwargs)
-        max_batch = pick_max_batch(program, self.kernel) if self._max_batch is None else self._max_batch
-        model = TwistedModel(program, self.kernel, max_batch)
-        path = _path(model, self.kernel, self.num_particles)
-        seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
-        with tqdm(total=path.num_steps, unit="step", disable=not self._progress, leave=False) as bar:
+        with self._processes() as ranks:
+            program = Program(self.kernel.model, args, kwargs)
+            model = TwistedModel(program, self.kernel, self._batch(program, ranks))
+            path = _path(model, self.kernel, self.num_particles)
+            kept = self._kept(program)
+            seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
+            if ranks.count > 1:
+                ranks.agree(_fingerprint(self.kernel, program, kept), "programs, measurements or checkpoints")
+                self._check_shares(ranks)
+                first = int(ranks.gather(torch.tensor(seed))[0])
+                seed = first if self._seed is None else seed
+            hidden = not self._progress or ranks.rank > 0
+            with tqdm(total=path.num_steps, unit="step", disable=hidden, leave=False) as bar:
 
-            def progress(state: FilterState) -> None:
-                bar.update(state.step - bar.n)
-                ess, log_z = float(state.ess.mean()), float(state.log_z.mean())
-                bar.set_postfix(ess=f"{ess:.1f}/{self.num_particles}", log_z=f"{log_z:.5g}")
+                def progress(state: FilterState) -> None:
+                    bar.update(state.step - bar.n)
+                    ess, log_z = float(state.ess.mean()), float(state.log_z.mean())
+                    bar.set_postfix(ess=f"{ess:.1f}/{self.num_particles}", log_z=f"{log_z:.5g}")
 
-            result = self._filter.run(
-                path,
-                num_particles=self.num_particles,
-                num_chains=self.num_chains,
-                seed=seed,
-                records=self._records,
-                progress=progress,
-                checkpoint=self._kept(program),
-            )
-        log_z = result.log_z if model.has_density else torch.full_like(result.log_z, torch.nan)
-        pooled = result.w.log() + (log_z if model.has_density else torch.zeros_like(log_z))[:, None]
+                here = self._filter.run(
+                    path,
+                    num_particles=self.num_particles,
+                    num_chains=self.num_chains,
+                    seed=seed,
+                    records=self._records,
+                    progress=progress,
+                    checkpoint=kept,
+                )
+            result = here if isinstance(here, FilterResult) else here.whole(ranks, program.latents)
+            carried = here.local.particles if isinstance(here, ChainsResult) else here.particles
+            pointed = not model.has_density or POINT_MASS in carried
+            counts = torch.tensor([model.evaluations.forward, model.evaluations.backward, pointed])
+            forward, backward, without = ranks.gather(counts).sum(0).tolist()
+        log_z = torch.full_like(result.log_z, torch.nan) if without else result.log_z
+        pooled = result.w.log() + (torch.zeros_like(log_z) if without else log_z)[:, None]
         states = {name: result.particles[name] for name in program.latents}
         ancestors, resampled = result.records.ancestors, result.records.resampled
         itself = torch.arange(self.num_particles, device=program.device).expand(1, self.num_chains, -1)
         call = Call(self.kernel.model, args, kwargs, program)
         self._finished = _Finished(
             call=call,
-            model=model,
+            evaluations=Evaluations(forward, backward),
             history=result.records,
             seed=seed,
             run=Run(
@@ -151,7 +182,7 @@ class SMC:
                 entropy=result.records.summaries["entropy"],
                 resampled=torch.cat([resampled.new_zeros(1, self.num_chains), resampled]),
                 ancestors=None if ancestors is None else torch.cat([itself, ancestors]),
-                log_z_variance=_variance_of_one_run(result) if model.has_density else None,
+                log_z_variance=None if without else _variance_of_one_run(result),
                 log_likelihood=self._in_chunks(program.pointwise, states),
                 observed=program.observed,
                 constants=call.constants(),
@@ -162,14 +193,15 @@ class SMC:
                     "seed": seed,
                     "device": str(program.device),
                     "dtype": str(program.dtype),
-                    "network_evaluations_forward": model.evaluations.forward,
-                    "network_evaluations_backward": model.evaluations.backward,
+                    "network_evaluations_forward": forward,
+                    "network_evaluations_backward": backward,
+                    "processes": ranks.count,
                     **versions(),
                     "references": write_references(references(self.kernel, self._filter)),
                 },
             ),
         )
-        if not model.has_density:
+        if without:
             warnings.warn(_TRAVELLED if isinstance(path, TravellingModel) else _WITHOUT_DENSITY, stacklevel=2)
         return self
 
@@ -216,8 +248,8 @@ class SMC:
 
     @property
     def network_evaluations(self) -> tuple[int, int]:
-        """Evaluations of the denoisers forward and backward, counted per particle."""
-        count = self._done.model.evaluations
+        """Evaluations of the denoisers forward and backward, counted per particle, over all processes."""
+        count = self._done.evaluations
         return count.forward, count.backward
 
     def diagnostics(self) -> Diagnostics:
@@ -267,6 +299,30 @@ class SMC:
             return None
         identity = {"method": describe(self.kernel), **program.identity()}
         return Checkpoint(self._checkpoint, identity, every_seconds=CHECKPOINT_SECONDS)
+
+    def _processes(self) -> AbstractContextManager[Ranks]:
+        """The processes of a run, connected until it is over."""
+        if isinstance(self._filter, ParticleFilter):
+            return nullcontext(Ranks(None))
+        return Ranks.open(self._filter.time_limit)
+
+    def _batch(self, program: Program, ranks: Ranks) -> int:
+        """Largest number of particles put through the network at once; processes on CPUs share the memory."""
+        if self._max_batch is not None:
+            return self._max_batch
+        sharing = ranks.count if program.device.type == "cpu" else 1
+        return max(1, pick_max_batch(program, self.kernel) // sharing)
+
+    def _check_shares(self, ranks: Ranks) -> None:
+        """See that chains or particles can be shared among the processes."""
+        over_chains = isinstance(self._filter, ChainsOverRanks)
+        name, number = ("num_chains", self.num_chains) if over_chains else ("num_particles", self.num_particles)
+        least = 1 if over_chains else 2  # a method may leave out the weight of a single particle
+        if number % ranks.count or number < least * ranks.count:
+            raise ValueError(
+                f"got {name} = {number} on {ranks.count} processes with {type(self._filter).__name__}; expected a "
+                f"multiple of the processes, at least {least} for each"
+            )
 
     @property
     def _done(self) -> _Finished:
@@ -319,8 +375,27 @@ def predictive_groups(
     return groups
 
 
-def _entropy(state: FilterState) -> Tensor:
-    return entropy(state.w)
+def _check_filter(filter: object, records: Records) -> None:
+    if isinstance(filter, ParticleFilter):
+        return
+    if not isinstance(filter, ChainsOverRanks | ParticlesOverRanks):
+        raise TypeError(
+            f"got filter {describe(filter)}; expected a ParticleFilter, or ChainsOverRanks or ParticlesOverRanks with "
+            "one. Conditional moves are made by ParticleGibbs"
+        )
+    if names := reading_particles(records):
+        raise ValueError(
+            f"got the summaries {names} with {type(filter).__name__}; a process sees its own particles alone, so only "
+            "summaries that are OfWeights are kept. Leave them out, or run on one process"
+        )
+
+
+def _fingerprint(kernel: Method, program: Program, checkpoint: Checkpoint | None) -> Tensor:
+    """A 0-d integer that hardly ever is the same for other sites or another measurement."""
+    sites = [f"{name} {tuple(latent.chain.shape)}" for name, latent in program.latents.items()]
+    data = [part for name, value in program.observed.items() for part in (name, value)]
+    words = (type(kernel).__qualname__, str(sites), str(program.num_steps), "kept" if checkpoint else "not kept")
+    return torch.tensor(int(digest(*words, *data), 16) >> 1)
 
 
 def _variance_of_one_run(result: FilterResult) -> Tensor | None:
@@ -343,7 +418,7 @@ def _path(model: TwistedModel, kernel: Method, num_particles: int) -> FeynmanKac
 @dataclass(frozen=True)
 class _Finished:
     call: Call
-    model: TwistedModel
+    evaluations: Evaluations
     history: History
     seed: int
     run: Run

@@ -132,6 +132,7 @@ class MarginalMH:
     Raises:
         FilterError: at :meth:`run`, for a chain that has come to no possible values of its sites within the warm-up. A
             proposal at which all particles have zero weight is rejected.
+        TypeError: for a filter over several processes.
         ValueError: for numbers out of range, or, at :meth:`run`, for sites that cannot be moved.
     """
 
@@ -153,6 +154,11 @@ class MarginalMH:
         least = {"num_particles": 1, "num_steps": 1, "num_chains": 1, "warmup": 0}
         got = {"num_particles": num_particles, "num_steps": num_steps, "num_chains": num_chains, "warmup": warmup}
         _check(got, least)
+        if not isinstance(filter, ParticleFilter):
+            raise TypeError(
+                f"got a filter of type {type(filter).__name__}; MarginalMH runs on one process and takes a "
+                "ParticleFilter. Spread independent chains by starting several"
+            )
         self.kernel, self.sites, self.num_particles = kernel, sites, num_particles
         self.num_steps, self.num_chains = num_steps, num_chains
         self._warmup, self._step_size, self._filter, self._max_batch = warmup, step_size, filter, max_batch

@@ -58,6 +58,23 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path: Path, monkey
     assert torch.equal(resumed.log_evidence_per_chain, whole.log_evidence_per_chain)
 
 
+def test_a_point_mass_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DPS as published has no evidence, and still has none when a finished run is read from its checkpoint."""
+    monkeypatch.setattr("smcdiff.infer.CHECKPOINT_SECONDS", 1e-9)
+    for steps in (30, 0):
+        network = Network()
+        prior = sd.DiffusionPrior(sd.NetworkDenoiser(network, (2,), sd.from_clean), sd.VPSchedule(), 30)
+
+        def model(y=None, prior=prior):
+            return pyro.sample("y", dist.Normal(pyro.sample("x", prior), 0.5).to_event(1), obs=y)
+
+        smc = sd.SMC(sd.DPS(model, 0.1), 1, 2, seed=1, progress=False, checkpoint=tmp_path / "run.pt", max_batch=2)
+        with pytest.warns(UserWarning, match="point mass"):
+            smc.run(Y)
+        assert network.calls <= steps + 5  # the second time only what looks at the program
+        assert bool(smc.log_evidence.isnan())
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -14,6 +14,7 @@ import smcdiff as sd
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
 from smcdiff.smc.conditional import ConditionalSMC, Past
+from smcdiff.smc.distributed import ChainsOverRanks
 from smcdiff.smc.resampling import Multinomial, Systematic
 from tests.guidance.exact import chain_density, chain_law
 
@@ -189,6 +190,8 @@ def test_marginal_metropolis_that_finds_nothing_possible_says_so() -> None:
 def test_what_cannot_be_moved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sites \['x'\] to move.*latents \[\]"):
         sd.MarginalMH(sd.TDS(gaussian_model), ["x"], 4, 2, progress=False).run(Y)
+    with pytest.raises(TypeError, match="filter of type ChainsOverRanks"):
+        sd.MarginalMH(sd.TDS(lambda: None), ["a"], 2, 2, filter=ChainsOverRanks())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_particles 1"):
         sd.ParticleGibbs(sd.TDS(gaussian_model), 1, 2)
     with pytest.raises(RuntimeError, match="not run yet"):

@@ -41,7 +41,7 @@ from smcdiff.guidance.full_chains import Beside
 from smcdiff.guidance.program import Program
 from smcdiff.smc.feynman_kac import Move, Particles
 
-__all__ = ["Evaluations", "TwistedModel"]
+__all__ = ["POINT_MASS", "Evaluations", "TwistedModel"]
 
 
 @dataclass
@@ -113,6 +113,7 @@ class TwistedModel:
     def propose(self, i: int, particles: Particles, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """x_s from q, {site: (b, n, *event)}, and log p(x_s given x_t) - log q(x_s given x_t, y), (b, n)."""
         b, n = particles["log_psi"].shape
+        self.has_density = self.has_density and POINT_MASS not in particles
         transition = self._transition(i, particles, weighted=n > 1)
         x = transition.sample(lambda shape: self._noise(shape, generator))
         log_ratio = transition.log_ratio(x)
@@ -203,7 +204,10 @@ class TwistedModel:
                 parts.append({**chunk, "log_psi": self.program.log_prob(chunk)})
         whole = parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         particles = {key: value.unflatten(0, (b, n)) for key, value in whole.items()}
-        return particles, _faults(particles)
+        faults = _faults(particles)
+        if not self.has_density:  # a run that goes on from a checkpoint is to know
+            particles[POINT_MASS] = torch.ones_like(particles["log_psi"])
+        return particles, faults
 
     def _predict(self, k: int, x: dict[str, Tensor], past: dict[str, Parts]) -> Particles:
         """Denoisers, twist and gradient on one batch (m, *shape): the network's one evaluation."""
@@ -257,6 +261,8 @@ class TwistedModel:
         return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)
 
 
+#: Carried by particles on whose path a point mass was proposed.
+POINT_MASS = "(point mass)"
 #: Before the names of what a covariance model keeps of a particle, and of what a proposal's own denoiser said.
 _OF_COVARIANCE, _OWN = "covariance/", "own/"
 #: Before the names of what a joint proposal keeps of a particle; no site has this name.

@@ -11,6 +11,9 @@ Both have the law of the filter on one process. Rank r draws its noise from a ge
 seed and r; ancestors of sharded particles are drawn from one that all ranks seed alike. When a rank raises, dies or
 does not answer within the time limit, every other rank ends with a :class:`~smcdiff.smc.ranks.RankError`.
 
+A run leaves on each rank what that rank moved. ``whole`` of its result puts the parts together, once, at the end: what
+every rank then has is what one process would have. :class:`smcdiff.SMC` does so.
+
 Each rank keeps its own checkpoint, in two files that are written in turn: a file is written over only when all ranks
 hold the step in the other one, so that whenever the run is killed there is a step that all have.
 """
@@ -18,7 +21,7 @@ hold the step in the other one, so that whenever the run is killed there is a st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,9 +39,32 @@ from smcdiff.smc.sharding import Placed, Shards, derive_seed
 from smcdiff.smc.state import FilterState
 from smcdiff.smc.weights import log_mean_exp, normalise
 
-__all__ = ["ChainsOverRanks", "ChainsResult", "ParticlesOverRanks", "ParticlesResult"]
+__all__ = ["ChainsOverRanks", "ChainsResult", "OfWeights", "ParticlesOverRanks", "ParticlesResult"]
 
 Progress = Callable[[FilterState], None]
+
+
+@dataclass(frozen=True)
+class OfWeights:
+    """A summary for ``Records`` that reads the weights alone, which every rank knows or can be told.
+
+    Args:
+        function: of the normalised weights (b, n), float64; it returns an entry for each chain, (b, *shape).
+
+    Raises:
+        ValueError: when called, for a function that returns another shape.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, state: FilterState) -> Tensor:
+        found = self.function(state.w)
+        if found.shape[:1] != state.w.shape[:1]:
+            raise ValueError(
+                f"got a summary of shape {tuple(found.shape)} of weights {tuple(state.w.shape)}; expected an entry for "
+                "each chain, the chains first"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,36 @@ class ChainsResult:
     rank: int
     local: FilterResult
     log_z: Tensor
+
+    def whole(self, ranks: Ranks, names: Iterable[str] | None = None) -> FilterResult:
+        """The result of all chains, those of rank 0 first, the same on every rank; every rank calls this.
+
+        Args:
+            ranks: the processes of the run.
+            names: what to gather of what the final particles carry; None for all of it.
+
+        Raises:
+            RankError: if another rank failed, died or did not answer in time.
+            ValueError: for a summary in the records that has no entry for each chain.
+        """
+        local, kept = self.local, self.local.records
+        steps = {name: value for name, value in vars(kept).items() if isinstance(value, Tensor)}
+        carried, log_w, steps, summaries = ranks.gather_all(
+            _only(local.particles, names), {"log_w": local.log_w}, steps, kept.summaries
+        )
+        odd = [name for name, value in kept.summaries.items() if value.shape[1:2] != local.log_z.shape]
+        if odd:
+            raise ValueError(
+                f"got the summaries {odd}, which do not have the shape (b, ...) of an entry for each chain, so that "
+                "those of several ranks cannot be put together; leave them out, or read each rank's own"
+            )
+        return FilterResult(
+            particles=_joined(carried, 0),
+            log_w=_joined(log_w, 0)["log_w"],
+            log_z=self.log_z,
+            records=replace(kept, **_joined(steps, 1), summaries=_joined(summaries, 1)),
+            settings=local.settings,
+        )
 
     @property
     def log_evidence(self) -> Tensor:
@@ -86,6 +142,20 @@ class ParticlesResult:
     records: History
     moved: Tensor
     settings: ParticleFilter
+
+    def whole(self, ranks: Ranks, names: Iterable[str] | None = None) -> FilterResult:
+        """The result of all particles, those of rank 0 first in each chain, the same on every rank; every rank calls
+        this.
+
+        Args:
+            ranks: the processes of the run.
+            names: what to gather of what the final particles carry; None for all of it.
+
+        Raises:
+            RankError: if another rank failed, died or did not answer in time.
+        """
+        carried, log_w = ranks.gather_all(_only(self.particles, names), {"log_w": self.log_w})
+        return FilterResult(_joined(carried, 1), _joined(log_w, 1)["log_w"], self.log_z, self.records, self.settings)
 
     @property
     def log_evidence(self) -> Tensor:
@@ -187,7 +257,7 @@ class ParticlesOverRanks:
             num_particles: n, of each chain, over all ranks; a multiple of R.
             num_chains: b; at least 1.
             seed: of all noise; not negative.
-            records: what to keep of the steps, without summaries; by default ``Records()``.
+            records: what to keep of the steps, with summaries :class:`OfWeights` alone; by default ``Records()``.
             progress: called some 50 times at most with a state that has all weights (b, n) and this rank's particles
                 (b, m, *event).
             checkpoint: where to keep the run, and to go on from; ``.rank<r>.<a or b>`` is put into the file's name.
@@ -196,25 +266,25 @@ class ParticlesOverRanks:
             CheckpointError: for a checkpoint of another run, or one that cannot be read or written.
             FilterError: if a chain had a fault; on every rank.
             RankError: if another rank failed, died, did not answer in time or computed other weights.
-            ValueError: for numbers out of range, or summaries in ``records``.
+            ValueError: for numbers out of range, or summaries in ``records`` that read particles.
         """
         numbers = Numbers(num_particles, num_chains, seed, records)
-        summaries = sorted(numbers.kept.summaries)
+        summaries = reading_particles(numbers.kept)
         if summaries:
             raise ValueError(
                 f"got the summaries {summaries}; a rank sees its own particles alone, so summaries of a step are not "
-                "kept when particles are sharded: use progress, or ChainsOverRanks"
+                "kept when particles are sharded, but those that are OfWeights: use progress, or ChainsOverRanks"
             )
         words = {**numbers.words(feynman_kac, self.filter), "spread over ranks": "particles"}
         with Ranks.open(self.time_limit, feynman_kac.device) as ranks:
             _begin(words, numbers, feynman_kac, "num_particles", num_particles, ranks)
             shards = Shards(feynman_kac, ranks, seed)
-            records = replace(numbers.kept, summaries={"moved": lambda state: shards.moved})
+            records = replace(numbers.kept, summaries={**numbers.kept.summaries, _MOVED: lambda state: shards.moved})
             saver, start = None, None
             if checkpoint is not None:
                 saver = _Saver(checkpoint, words, ranks)
-                kept = saver.start(feynman_kac.device)
-                start = None if kept is None else shards.go_on(kept)
+                latest = saver.start(feynman_kac.device)
+                start = None if latest is None else shards.go_on(latest)
             placed = replace(self.filter, resampler=Placed(self.filter.resampler, ranks.count))
             states = placed.iterate(
                 shards,
@@ -227,16 +297,36 @@ class ParticlesOverRanks:
             views = _Views(show=shards.with_particles, keep=shards.to_keep)
             state = _drive(states, start, feynman_kac, ranks, saver, views, progress)
             history = stack(state.history, num_chains, num_particles)
+            kept = dict(history.summaries)
+            went = kept.pop(_MOVED)[1:]
             return ParticlesResult(
                 rank=ranks.rank,
                 particles=shards.particles,
                 log_w=shards.mine(state.log_w),
                 w=shards.mine(normalise(state.log_w)),
                 log_z=state.log_z,
-                records=replace(history, summaries={}),
-                moved=history.summaries["moved"][1:],
+                records=replace(history, summaries=kept),
+                moved=went,
                 settings=self.filter,
             )
+
+
+#: The name under which the steps keep how many particles moved to another rank.
+_MOVED = "(moved)"
+
+
+def reading_particles(records: Records) -> list[str]:
+    """The names of the summaries that are not :class:`OfWeights`."""
+    return sorted(name for name, summary in records.summaries.items() if not isinstance(summary, OfWeights))
+
+
+def _only(particles: Particles, names: Iterable[str] | None) -> Particles:
+    return dict(particles) if names is None else {name: particles[name] for name in names}
+
+
+def _joined(values: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
+    """Values (R, *shape) of the ranks side by side along ``dim`` of the shape."""
+    return {name: torch.cat(list(value), dim) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

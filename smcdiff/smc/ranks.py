@@ -9,7 +9,7 @@ tensors travel through the host's memory; over NCCL they stay on the GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -28,23 +28,26 @@ class Ranks:
     """The R processes of a run, as one of them sees the others.
 
     Args:
-        group: of ``torch.distributed``; :meth:`open` makes one.
-        device: where the run's tensors live.
+        group: of ``torch.distributed``, :meth:`open` makes one; None for one process that is alone.
+        device: where the tensors travel over NCCL; None for the process's current GPU.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group: dist.ProcessGroup | None = group
-        self._device = device if "nccl" in dist.get_backend(group) else torch.device("cpu")
-        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> None:
+        self._group, self._device = group, torch.device("cpu")
+        self.rank, self.count = 0, 1
+        if group is not None:
+            self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+            if "nccl" in dist.get_backend(group):
+                self._device = device or torch.device("cuda", torch.cuda.current_device())
 
     @classmethod
     @contextmanager
-    def open(cls, time_limit: float, device: torch.device) -> Iterator[Ranks]:
+    def open(cls, time_limit: float, device: torch.device | None = None) -> Iterator[Ranks]:
         """The processes of the default group, connected until the block is left.
 
         Args:
             time_limit: in seconds, for any one exchange: longer than the slowest rank can lag behind the fastest.
-            device: where the run's tensors live.
+            device: where the run's tensors live; None for the process's current GPU over NCCL.
 
         Raises:
             RankError: where a process does not come.
@@ -69,6 +72,8 @@ class Ranks:
 
     def gather(self, value: Tensor) -> Tensor:
         """The value of every rank, (R, *shape), on the device of ``value``; each rank's has the same shape."""
+        if self.count == 1:
+            return value[None]
         here = value.to(self._device).contiguous()
         parts = [torch.empty_like(here) for _ in range(self.count)]
         try:
@@ -76,6 +81,21 @@ class Ranks:
         except RuntimeError as error:
             raise self._silent(error) from error
         return torch.stack(parts).to(value.device)
+
+    def gather_all(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """:meth:`gather` of many tensors of any dtype, in one exchange of their bytes."""
+        values = [value for group in groups for value in group.values()]
+        sent = [value.to(self._device).contiguous().flatten().view(torch.uint8) for value in values]
+        came = self.gather(torch.cat(sent)).split([len(part) for part in sent], 1)
+        whole = iter(
+            part.clone(memory_format=torch.contiguous_format)  # a new tensor, aligned for its dtype
+            .flatten()
+            .view(value.dtype)
+            .reshape(self.count, *value.shape)
+            .to(value.device)
+            for value, part in zip(values, came, strict=True)
+        )
+        return [{name: next(whole) for name in group} for group in groups]
 
     def exchange(self, rows: Tensor, outgoing: list[int], incoming: list[int]) -> Tensor:
         """Send rows (sum(outgoing), width), in the order of the ranks they are for; the rows that came, likewise."""
@@ -125,7 +145,8 @@ class Ranks:
     def _close(self) -> None:
         """Close this rank's connections, so that no other rank waits for it."""
         group, self._group = self._group, None
-        dist.destroy_process_group(group)
+        if group is not None:  # of None, all groups would be destroyed
+            dist.destroy_process_group(group)
 
 
 def _first_line(error: RuntimeError) -> str:
