@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/adapted.md from benchmarks/results/fields.jsonl and adapted_networks.jsonl.
+"""The tables and the figure of docs/adapted.md from what its scripts left in benchmarks/results.
 
 python benchmarks/adapted_page.py
 """
@@ -13,9 +13,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import adapted_memory
 import fields
 import matplotlib.pyplot as plt
-from page import fill, table
+import remedies
+from kept import Kept
+from page import fill, markdown, table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "adapted_networks.jsonl"
@@ -29,6 +32,20 @@ def number(value: float | None, digits: int = 1) -> str:
     return f"{value:.2g}" if abs(value) >= 1e5 else f"{value:.{digits}f}"
 
 
+#: In the order of the table.
+METHODS = (
+    "tilted",
+    "adapted",
+    "adapted, Free Hunch",
+    "adapted, doubled",
+    "adapted, isotropic",
+    "TDS, widened",
+    "TDS, PiGDM",
+    "TDS, point",
+    "DDRM",
+    "DiffPIR",
+    "DPS",
+)
 HEAD = (
     "prior",
     "problem",
@@ -89,9 +106,15 @@ def figure(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    rows.sort(key=lambda row: (row["prior"], row["task"]))
+    rows.sort(key=lambda row: (row["prior"], row["task"], METHODS.index(row["method"])))
     fields_rows = [json.loads(line) for line in fields.RESULTS.read_text().splitlines()]
-    contents = {"fields": fields.tables(fields_rows), "table": networks_table(rows)}
+    memory = json.loads(adapted_memory.RESULTS.read_text())["rows"]
+    contents = {
+        "fields": fields.tables(fields_rows),
+        "table": networks_table(rows),
+        "memory": markdown([{"method": row["method"], "MB": f"{row['MB']:.0f}"} for row in memory]),
+        "remedies": remedies.report(Kept(remedies.RESULTS, remedies.KEYS).rows),
+    }
     fill(PAGE, "benchmarks/adapted_page.py", contents)
     figure(rows)
 

@@ -7,7 +7,8 @@ For each cell (dimension of x) x (number of measured values) and each seed, a pr
 Particles are resampled when the effective sample size falls below 0.9 n.
 
 The grid is even in log(sigma / alpha), from four times the largest distance between components, where they are
-forgotten, to one deviation of a component (Adapted, whose last step is exact from there) or a tenth of it (the others).
+forgotten (the distance itself with 10 steps, which are better spent below it), to one deviation of a component
+(Adapted, whose last step is exact from there) or a tenth of it (the others).
 
 The schedule that the problem is published with, 1000 steps with beta from 1e-4 to 2e-2, ends at sigma / alpha = 157. In
 80 and 800 dimensions the farthest components are 286 and 905 from each other and so not forgotten there: a chain that
@@ -82,7 +83,7 @@ def run(
     entry: Entry, problem: MixtureProblem, yardstick: Yardstick, steps: int, train_steps: int, seed: int
 ) -> dict[str, Any]:
     """One run of a method, and how far it is from the truth."""
-    grid = EvenGrid(entry.last_ratio, 4 * float(torch.cdist(problem.means, problem.means).max()))
+    grid = EvenGrid(entry.last_ratio, (4 if steps > 10 else 1) * float(torch.cdist(problem.means, problem.means).max()))
     prior = sd.DiffusionPrior(
         problem.denoiser, schedule(train_steps), num_steps=steps, grid=grid, variance=entry.variance
     )
