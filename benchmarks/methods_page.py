@@ -60,7 +60,7 @@ The schedule's rates rise as published for 1000 steps and on for 300 more. At th
 the farthest components of the 80- and 800-dimensional priors, 286 and 905 from each other, are not forgotten yet, and a
 chain that begins at N(0, I) has lost some of them at any number of steps. The last table of this section shows what
 that costs. Steps are even in log(sigma / alpha), from four times the largest distance between components; with 10
-steps from that distance itself, which took the ratio of 800 dimensions and one measured value from 2.3 to NEW.
+steps from that distance itself, which took the ratio of 800 dimensions and one measured value from 2.3 to 1.7.
 """
 
 SPREAD = """What keeps a ratio above 1 where one value is measured is the choice of a component, and not the steps: the

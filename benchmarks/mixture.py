@@ -53,7 +53,7 @@ from smcdiff.smc import ParticleFilter
 
 RESULTS = Path(__file__).with_name("results") / "mixture.jsonl"
 CELLS = [(d, dim_y) for d in (8, 80, 800) for dim_y in (1, 2, 4)]
-PARTICLES = 1000
+PARTICLES, TRAIN_STEPS = 1000, 1300
 KEYS = ("method", "d", "dim_y", "steps", "train_steps", "seed")
 FILTER = ParticleFilter(ess_threshold=0.9)
 
@@ -79,11 +79,17 @@ def schedule(train_steps: int) -> sd.VPSchedule:
     return sd.VPSchedule(1e-4, 1e-4 + (2e-2 - 1e-4) * (train_steps - 1) / 999, train_steps)
 
 
+def grid_of(entry: Entry, problem: MixtureProblem, steps: int) -> EvenGrid:
+    """The grid of a method on a problem."""
+    farthest = float(torch.cdist(problem.means, problem.means).max())
+    return EvenGrid(entry.last_ratio, (4 if steps > 10 else 1) * farthest)
+
+
 def run(
     entry: Entry, problem: MixtureProblem, yardstick: Yardstick, steps: int, train_steps: int, seed: int
 ) -> dict[str, Any]:
     """One run of a method, and how far it is from the truth."""
-    grid = EvenGrid(entry.last_ratio, (4 if steps > 10 else 1) * float(torch.cdist(problem.means, problem.means).max()))
+    grid = grid_of(entry, problem, steps)
     prior = sd.DiffusionPrior(
         problem.denoiser, schedule(train_steps), num_steps=steps, grid=grid, variance=entry.variance
     )
@@ -152,7 +158,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[f"{d}x{dim_y}" for d, dim_y in CELLS])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, nargs="+", default=[100])
-    parser.add_argument("--train-steps", type=int, default=1300)
+    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()

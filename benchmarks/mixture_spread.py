@@ -17,21 +17,20 @@ import torch
 from adapted_networks import increments, log_w
 from catalogue import available
 from machine import describe
-from mixture import FILTER, PARTICLES, EvenGrid, schedule
+from mixture import FILTER, PARTICLES, TRAIN_STEPS, grid_of, schedule
 from page import markdown
 from problems import MixtureProblem
 
 import smcdiff as sd
 
 RESULTS = Path(__file__).with_name("results") / "mixture_spread.json"
-TRAIN_STEPS = 1300
 
 
 def spread(d: int, dim_y: int, seed: int, steps: int) -> tuple[float, float, float]:
     """Summed variance, and the noise at which a quarter and three quarters of it have been met."""
     (entry,), _ = available(["Adapted"])
     problem = MixtureProblem.public(d, dim_y, seed)
-    grid = EvenGrid(entry.last_ratio, 4 * float(torch.cdist(problem.means, problem.means).max()))
+    grid = grid_of(entry, problem, steps)
     prior = sd.DiffusionPrior(problem.denoiser, schedule(TRAIN_STEPS), steps, variance=entry.variance, grid=grid)
     records = sd.Records(summaries={"log_w": log_w})
     smc = sd.SMC(entry.load()(problem.program(prior)), PARTICLES, seed=seed, filter=FILTER, records=records,

@@ -239,17 +239,14 @@ def localised(
         clean = first + basis.from_spectral(p.sqrt() * noise())
         foretold = to.b * x + to.c * m
         x = to.b * x + to.c * clean + to.kappa * noise()
-        if to.kappa == 0:  # x is x_0, drawn from p(x_0 given x_t, y)
+        if to.kappa == 0:  # the last step: x is x_0, drawn from p(x_0 given x_t, y)
             before = 0 * x
             after = before
         else:
             known = v / (1 + (to.c / to.kappa) ** 2 * v)
             moved = to.c / to.kappa**2 * (x - foretold)
             before = white(y - m - basis.from_spectral(known * basis.to_spectral(moved)), known + sigma**2)
-            if k > 1:
-                after = white(y - chain.denoise(x, chain.levels[k - 1]), variance_at(model, k - 1) + sigma**2)
-            else:
-                after = (y - x) / sigma
+            after = white(y - chain.denoise(x, chain.levels[k - 1]), variance_at(model, k - 1) + sigma**2)
         log_g = 0.5 * (before.square() - after.square())
         if told is not None:  # the chain's own step against the one that was told
             spread, own = to.kappa**2 + to.c**2 * v, to.kappa**2 + to.c**2 * variance_at(prior.covariance, k)

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--particles", action="store_true", help="spread particles, not chains")
     spread = sd.ParticlesOverRanks() if parser.parse_args().particles else sd.ChainsOverRanks()
 
-    torch.distributed.init_process_group("gloo")  # "nccl" with a GPU for each process
+    torch.distributed.init_process_group("gloo")  # with GPUs "nccl", after torch.cuda.set_device(LOCAL_RANK)
     denoiser = sd.GaussianDenoiser(torch.zeros(2), torch.eye(2))
     prior = sd.DiffusionPrior(denoiser, sd.VPSchedule(), num_steps=30)
 

@@ -69,7 +69,8 @@ class SMC:
 
     With ``filter=ChainsOverRanks()`` or ``ParticlesOverRanks()`` the processes of ``torchrun`` share a run: each makes
     the same calls, and each holds the posterior of all chains and particles after :meth:`run`. Nothing after it needs
-    the others, so one process may write files while the rest goes on.
+    the others, so one process may write files while the rest goes on. Over NCCL each process first sets its own GPU,
+    ``torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))``.
 
     Args:
         kernel: a method applied to the program, such as ``sd.TDS(model)``.
@@ -297,8 +298,7 @@ class SMC:
     def _kept(self, program: Program) -> Checkpoint | None:
         if self._checkpoint is None:
             return None
-        identity = {"method": describe(self.kernel), **program.identity()}
-        return Checkpoint(self._checkpoint, identity, every_seconds=CHECKPOINT_SECONDS)
+        return Checkpoint(self._checkpoint, _identity(self.kernel, program), every_seconds=CHECKPOINT_SECONDS)
 
     def _processes(self) -> AbstractContextManager[Ranks]:
         """The processes of a run, connected until it is over."""
@@ -317,7 +317,8 @@ class SMC:
         """See that chains or particles can be shared among the processes."""
         over_chains = isinstance(self._filter, ChainsOverRanks)
         name, number = ("num_chains", self.num_chains) if over_chains else ("num_particles", self.num_particles)
-        least = 1 if over_chains else 2  # a method may leave out the weight of a single particle
+        # a method may leave out the weight of a single particle, as it does where one process is alone
+        least = 1 if over_chains or ranks.count == 1 else 2
         if number % ranks.count or number < least * ranks.count:
             raise ValueError(
                 f"got {name} = {number} on {ranks.count} processes with {type(self._filter).__name__}; expected a "
@@ -391,11 +392,15 @@ def _check_filter(filter: object, records: Records) -> None:
 
 
 def _fingerprint(kernel: Method, program: Program, checkpoint: Checkpoint | None) -> Tensor:
-    """A 0-d integer that hardly ever is the same for other sites or another measurement."""
-    sites = [f"{name} {tuple(latent.chain.shape)}" for name, latent in program.latents.items()]
+    """A 0-d integer that hardly ever is the same for another method, prior, network or measurement."""
     data = [part for name, value in program.observed.items() for part in (name, value)]
-    words = (type(kernel).__qualname__, str(sites), str(program.num_steps), "kept" if checkpoint else "not kept")
+    words = (str(_identity(kernel, program)), "kept" if checkpoint else "not kept")
     return torch.tensor(int(digest(*words, *data), 16) >> 1)
+
+
+def _identity(kernel: Method, program: Program) -> dict[str, str]:
+    """What a run's result depends on, in words."""
+    return {"method": describe(kernel), **program.identity()}
 
 
 def _variance_of_one_run(result: FilterResult) -> Tensor | None:

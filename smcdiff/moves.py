@@ -32,7 +32,7 @@ from smcdiff.guidance.time_travel import Travels
 from smcdiff.guidance.twisted import TwistedModel
 from smcdiff.infer import predictive_groups
 from smcdiff.smc import FilterError, ParticleFilter, Records, faults
-from smcdiff.smc.conditional import ConditionalSMC
+from smcdiff.smc.conditional import ConditionalSMC, Past
 from smcdiff.smc.marginal_metropolis import MarginalMetropolis
 
 __all__ = ["MarginalMH", "ParticleGibbs"]
@@ -83,6 +83,8 @@ class ParticleGibbs:
         _check_method(self.kernel)
         program = Program(self.kernel.model, args, kwargs)
         model = TwistedModel(program, self.kernel, self._max_batch)
+        if self._moves.past is not Past.TRACED:
+            model.check_past()
         seed, generator = _generator(self._seed, program)
         path = self._moves.first(model, self.num_particles, self.num_chains, generator)
         kept: list[dict[str, Tensor]] = []

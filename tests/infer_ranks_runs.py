@@ -123,9 +123,9 @@ def of_all_kinds(rank: int) -> dict[str, Tensor]:
 class Network(torch.nn.Module):
     """A denoiser's network that does something at its call number ``at``."""
 
-    def __init__(self, at: int = 0, what: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, at: int = 0, what: Callable[[], None] = lambda: None, gain: float = 0.5) -> None:
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.tensor(0.5, dtype=F64))
+        self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=F64))
         self.calls, self.at, self.what = 0, at, what
 
     def forward(self, x: Tensor, index: float) -> Tensor:
@@ -143,7 +143,9 @@ def refuse() -> None:
     raise MemoryError("no room on this rank")
 
 
-def on_network(filter: Any, network: Network, checkpoint: Path | None = None, **numbers: int) -> sd.SMC:
+def on_network(
+    filter: Any, network: Network, checkpoint: Path | None = None, twist: Any = None, **numbers: int
+) -> sd.SMC:
     prior = sd.DiffusionPrior(sd.NetworkDenoiser(network, (2,), sd.from_clean), sd.VPSchedule(), 30)
 
     def model(y: Tensor | None = None) -> Tensor:
@@ -152,7 +154,8 @@ def on_network(filter: Any, network: Network, checkpoint: Path | None = None, **
 
     n, b = numbers.get("n", 4), numbers.get("b", 2)
     options: dict[str, Any] = {"seed": 3, "progress": False, "max_batch": 100, "checkpoint": checkpoint}
-    return sd.SMC(sd.TDS(model), n, b, filter=filter, **options)
+    kernel = sd.TDS(model) if twist is None else sd.TDS(model, twist)
+    return sd.SMC(kernel, n, b, filter=filter, **options)
 
 
 LONG_Y = torch.tensor([0.5, -0.2], dtype=F64)
@@ -201,6 +204,8 @@ def errors(rank: int, folder: Path) -> dict[str, Any]:
         "raises in particles": run(on_network(ParticlesOverRanks(), on_second(12))),
         "raises before": run(on_network(ParticlesOverRanks(), on_second(1))),
         "measurements": lambda: on_network(ChainsOverRanks(), Network()).run(LONG_Y + rank),
+        "weights": run(on_network(ChainsOverRanks(), Network(gain=0.5 + rank))),
+        "settings": run(on_network(ParticlesOverRanks(), Network(), twist=sd.WidenedTwist(0.1 + rank))),
         "checkpoints": run(on_network(ChainsOverRanks(), Network(), None if rank else folder / "one.pt")),
         "chains": run(on_network(ChainsOverRanks(), Network(), b=3)),
         "particles": run(on_network(ParticlesOverRanks(), Network(), n=5)),

@@ -168,6 +168,8 @@ def test_a_run_killed_on_one_rank_goes_on_bit_for_bit(scenarios: dict[str, Scena
         ("raises in particles", ("RankError", "MemoryError"), "rank 0 of 2 lost the others: one of them died|no room"),
         ("raises before", ("RankError", "MemoryError"), "rank 0 of 2 lost|could not be connected|no room"),
         ("measurements", ("RankError", "RankError"), "2 ranks have different programs, measurements or checkpoints"),
+        ("weights", ("RankError", "RankError"), "2 ranks have different programs, measurements or checkpoints"),
+        ("settings", ("RankError", "RankError"), "2 ranks have different programs, measurements or checkpoints"),
         ("checkpoints", ("RankError", "RankError"), "2 ranks have different programs, measurements or checkpoints"),
         ("chains", ("ValueError", "ValueError"), "num_chains = 3 on 2 processes.*expected a multiple"),
         ("particles", ("ValueError", "ValueError"), "num_particles = 5 on 2 processes.*expected a multiple"),

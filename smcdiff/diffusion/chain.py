@@ -85,7 +85,7 @@ class ReverseChain:
                 'got variance="full" with a prior that knows no covariance of x_0 given x_t; measure it once with '
                 "prior.calibrate(images), or take another variance"
             )
-        if isinstance(self.covariance, DependsOnPath):
+        if isinstance(self.covariance, DependsOnPath) and self.covariance.depends_on_path:
             raise ValueError(
                 f"got {type(self.covariance).__name__} as the covariance of a prior; it depends on the path of a "
                 "particle, and a chain on its last state alone. Calibrate the prior, or give it a covariance of its "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, final
 
 import torch
@@ -79,13 +80,13 @@ class Diagonal:
         return Diagonal((scale * self.variance + shift).clamp(min=_floor(self.variance.dtype)), self.basis)
 
     def given(self, precision: float | Tensor) -> Diagonal:
-        """A precision for each coordinate, (m or 1, *event), is of C in the coordinates of V."""
+        """A tensor (m or 1, *event) is a precision for each coordinate of V."""
         if isinstance(precision, float) and math.isinf(precision):
             return Diagonal(torch.zeros_like(self.variance), self.basis)
         return Diagonal(self.variance / (1 + precision * self.variance), self.basis)
 
     def log_det_gain(self, precision: Tensor) -> Tensor:
-        """log det(I + C V diag(precision) V^T), (m or 1,) of float64."""
+        """log det(I + C V diag(precision) V^T), (m or 1,) of float64, for a precision (m or 1, *event)."""
         return _sum(torch.log1p(self.variance * precision))
 
 
@@ -207,26 +208,30 @@ class Corrected:
     core: Tensor
     basis: Basis = PIXELS
 
-    @property
+    @cached_property
     def _v(self) -> Tensor:
         """v of the full event's shape, flat, float64: (m or 1, d)."""
         return self.variance.expand(-1, *self.factors.shape[2:]).flatten(1).double()
 
-    @property
+    @cached_property
     def _w(self) -> Tensor:
         """(m, rank, d), float64."""
         return self.factors.flatten(2).double()
 
-    def _axes(self) -> tuple[Tensor, Tensor]:
-        """F (m, rank, d) with orthonormal or zero rows and l (m, rank): C = D^(1/2) (I + F^T diag(l) F) D^(1/2)."""
+    @cached_property
+    def _root(self) -> tuple[Tensor, Tensor]:
+        """O (m, rank, d), rows orthonormal or zero, and K (m, rank, rank):
+        C = D^(1/2) (I + O^T (K K^T - I) O) D^(1/2), by O = L^-1 B with B = W D^(-1/2) and B B^T = L L^T, and the
+        Cholesky factor K of I + L^T S L."""
         b = self._w / self._v.sqrt()[:, None]
-        size, turn = torch.linalg.eigh(b @ b.mT)
-        positive = size > _RANK * size.amax(-1, keepdim=True)
-        root = torch.where(positive, size, 0.0).sqrt()
-        inverse = torch.where(positive, 1 / torch.where(positive, root, 1.0), 0.0)
-        inner = root[..., None] * (turn.mT @ self.core @ turn) * root[..., None, :]
-        values, q = torch.linalg.eigh(0.5 * (inner + inner.mT))
-        return q.mT @ (inverse[..., None] * (turn.mT @ b)), values.clamp(min=_RANK - 1)
+        gram = b @ b.mT
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
+        hair = (_HAIR * largest).clamp(min=_floor(torch.float64))  # a column of zeros has a row of zeros in O
+        lower = torch.linalg.cholesky_ex(gram + hair[:, None, None] * eye)[0]
+        axes = torch.linalg.solve_triangular(lower, b, upper=False)
+        inner = lower.mT @ self.core @ lower
+        return axes, torch.linalg.cholesky_ex(eye + 0.5 * (inner + inner.mT))[0]
 
     def apply(self, v: Tensor) -> Tensor:
         c = self.basis.to_spectral(v)
@@ -235,18 +240,19 @@ class Corrected:
         return self.basis.from_spectral(out.reshape(c.shape).to(v.dtype))
 
     def draw(self, noise: Tensor) -> Tensor:
-        axes, values = self._axes()
+        axes, k = self._root
         flat = noise.flatten(1).double()[..., None]
-        flat = flat + axes.mT @ (((1 + values).sqrt() - 1)[..., None] * (axes @ flat))
+        along = axes @ flat
+        flat = flat + axes.mT @ (k @ along - along)
         return self.basis.from_spectral((self._v.sqrt() * flat[..., 0]).reshape(noise.shape).to(noise.dtype))
 
     def log_prob(self, residual: Tensor) -> Tensor:
-        axes, values = self._axes()
-        v = self._v
-        white = self.basis.to_spectral(residual).flatten(1).double() / v.sqrt()
-        along = (axes @ white[..., None])[..., 0]
-        quadratic = white.square().sum(1) - (values / (1 + values) * along.square()).sum(1)
-        log_det = v.log().sum(1) + torch.log1p(values).sum(1)
+        axes, k = self._root
+        white = self.basis.to_spectral(residual).flatten(1).double() / self._v.sqrt()
+        along = axes @ white[..., None]
+        shrunk = torch.linalg.solve_triangular(k, along, upper=False)
+        quadratic = white.square().sum(1) + (shrunk.square() - along.square()).sum((1, 2))
+        log_det = self._v.log().sum(1) + 2 * k.diagonal(dim1=-2, dim2=-1).log().sum(1)
         return -0.5 * (quadratic + log_det + white.shape[1] * math.log(2 * math.pi))
 
     def affine(self, scale: float, shift: float) -> Corrected:
@@ -254,7 +260,7 @@ class Corrected:
         return Corrected(variance, self.factors, scale * self.core, self.basis)
 
     def given(self, precision: float | Tensor) -> Corrected | Diagonal:
-        """A precision for each coordinate, (m or 1, *event), is of C in the coordinates of V."""
+        """A tensor (m or 1, *event) is a precision for each coordinate of V."""
         if isinstance(precision, float) and math.isinf(precision):
             return Diagonal(torch.zeros_like(self.variance), self.basis)
         # with K = 1 / (1 + a v) it is K v + K W (I + S W^T K a W)^-1 S W^T K
@@ -268,7 +274,7 @@ class Corrected:
         )
 
     def log_det_gain(self, precision: Tensor) -> Tensor:
-        """log det(I + C V diag(precision) V^T), (m,) of float64."""
+        """log det(I + C V diag(precision) V^T), (m,) of float64, for a precision (m or 1, *event)."""
         information = precision * self.variance
         gain = self._gain(precision / (1 + information))
         return _sum(torch.log1p(information)) + torch.linalg.slogdet(gain)[1]
@@ -281,8 +287,8 @@ class Corrected:
         return eye + self.core @ ((w * across[:, None]) @ w.mT)
 
 
-#: Directions of W shorter than this share of the longest are rounding, and no direction of C is shorter than it was.
-_RANK = 1e-12
+#: Directions of W whose square is below this share of the longest's are rounding.
+_HAIR = 1e-13
 
 
 @final

@@ -50,7 +50,8 @@ class Estimate:
         variance: Var[x_0 given x_t], its isotropic or per-pixel part, broadcastable to ``mean``; None where unknown.
         fraction: the network's learned interpolation of log beta_tilde (0) ... log beta (1), broadcastable to
             ``mean``; None where it has none.
-        parts: what a covariance model keeps of each particle, {name: (m, ...)}.
+        parts: what a covariance model keeps of each particle, {name: (m, ...)}; what it kept at the level before, where
+            it is asked for those of this one.
     """
 
     mean: Tensor

@@ -4,11 +4,11 @@ With the natural parameter theta = alpha_t x_t / sigma_t^2 and snr = alpha_t^2 /
 
     p(x_0 given x_t)  ~  p(x_0) exp(theta^T x_0 - snr |x_0|^2 / 2),      C_t = d m / d theta at that snr,
 
-so that two answers of the denoiser at one snr give a secant of C_t, s -> C_t s. A particle that goes from level t to a
-less noisy s has one of them at each level. For a Gaussian prior C_s^-1 = C_t^-1 + a I with a = snr_s - snr_t, therefore
+and m is the gradient of a convex function of theta. For a Gaussian prior C_t^-1 m_t = h + theta_t with one h at all
+levels, and C_s^-1 = C_t^-1 + a I with a = snr_s - snr_t. So the way of a particle from level t to a less noisy s tells
+of C_s, whatever was known of it:
 
-    what x_t would say at level s       m' = (I - a C_s) m_t
-    a secant met on the way             s_new = theta_s - theta_t,   y_new = m_s - m'          C_s s_new = y_new
+    a secant met on the way             C_s (theta_s - theta_t - a m_t) = m_s - m_t
     a secant known before               C_t s = y   becomes   C_s (s + a y) = y
 
 and C is the calibrated covariance D after the quasi-Newton (BFGS) updates by the last r secants, oldest first, in
@@ -48,8 +48,9 @@ class FreeHunchCovariance:
     """A spectral covariance and what each particle's last steps add to it, for ``sd.Adapted(model, covariance=...)``.
 
     It depends on the path of a particle, so it serves twist and proposal, and the prior's chain keeps a covariance of
-    its own; the weights are exact. It is exact for a Gaussian prior whose covariance the base has, and comes nearer
-    with each step for one that it has not.
+    its own; the weights are exact. For a Gaussian prior every secant is, and r of them tell of r directions. Each
+    particle carries 2 r + 2 pictures more. Where a picture has many measured values and no basis in common with the
+    base, the curvature's diagonal takes the place of conjugate gradients, which need one covariance for all particles.
 
     Args:
         base: D, the covariance before anything is learnt, such as that of a calibrated prior.
@@ -90,10 +91,10 @@ class FreeHunchCovariance:
             return {**now, "steps": empty, "answers": empty}
         a = (snr - before["snr"]).reshape(-1, *(1,) * (theta.ndim - 1)).to(theta.dtype)
         steps, answers = before["steps"] + a[:, None] * before["answers"], before["answers"]
-        known = Corrected(*self._corrected(level, steps, answers))
-        step = theta - before["theta"]
-        answer = mean - (before["mean"] - a * known.apply(before["mean"]))
         if level.ratio <= self.highest:
+            step = theta - before["theta"] - a * before["mean"]
+            answer = mean - before["mean"]
+            known = Corrected(*self._corrected(level, steps, answers))
             believed, seen = _inner(step, known.apply(step)), _inner(step, answer)
             good = (seen > believed / self.trust) & (seen < believed * self.trust)
             keep = good.reshape(a.shape)
@@ -110,15 +111,17 @@ class FreeHunchCovariance:
     def _corrected(self, level: NoiseLevel, steps: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v, W = [D S, Y] and the core of the compact form; a secant that was left out is a pair of zeros."""
         variance = self.base.at(level, {}, steps[:, 0]).variance
+        length = (steps.flatten(2).double() * answers.flatten(2).double()).sum(2).sqrt()  # Delta becomes I
+        left_out = length == 0
+        scale = torch.where(left_out, 0.0, 1 / torch.where(left_out, 1.0, length))
+        scale = scale.reshape(*scale.shape, *(1,) * (steps.ndim - 2)).to(steps.dtype)
+        steps, answers = scale * steps, scale * answers
         factors = torch.cat([variance[:, None] * steps, answers], 1)
-        s, y, ds = steps.flatten(2).double(), answers.flatten(2).double(), factors[:, : self.secants].flatten(2)
-        inner = s @ y.mT
-        slope = inner.diagonal(dim1=-2, dim2=-1)
-        left_out = torch.diag_embed((slope == 0).double())
-        below = inner.tril(-1)
-        top = torch.cat([s @ ds.double().mT + left_out, below], 2)
-        bottom = torch.cat([below.mT, -torch.diag_embed(slope) - left_out], 2)
-        core = -torch.linalg.inv_ex(torch.cat([top, bottom], 1))[0]
+        s, w = steps.flatten(2).double(), factors.flatten(2).double()
+        below = (s @ w[:, self.secants :].mT).tril(-1)
+        eye = torch.eye(self.secants, dtype=s.dtype, device=s.device)
+        top = torch.cat([s @ w[:, : self.secants].mT + left_out.double().diag_embed(), below], 2)
+        core = -torch.linalg.inv_ex(torch.cat([top, torch.cat([below.mT, -eye.expand_as(below)], 2)], 1))[0]
         return variance, factors, 0.5 * (core + core.mT)
 
 

@@ -37,7 +37,7 @@ class DiagonalMeasurement:
 
     Args:
         name: the picture's site.
-        root: sqrt(j), (1, *shape) or broadcastable to it.
+        root: sqrt(j), (1, *shape).
         seen: V^T A^T Sigma^-1 z / root, (1, *shape).
         constant: the log-density where every coordinate is met.
         basis: V.

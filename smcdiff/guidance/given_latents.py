@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from smcdiff.diffusion.covariance import Covariance, Dense, Diagonal, LowRank
+from smcdiff.diffusion.covariance import Corrected, Covariance, Dense, Diagonal, LowRank
 from smcdiff.guidance.elementwise import measured_latent
 from smcdiff.guidance.gauss_newton import FewMeasurements, few_measurements, whitened_residual
 from smcdiff.guidance.picture import innermost
@@ -224,6 +224,9 @@ def _repeated(covariance: Covariance, times: int) -> Covariance:
     if isinstance(covariance, LowRank):
         mixing = None if covariance.mixing is None else rows(covariance.mixing)
         return replace(covariance, variance=rows(covariance.variance), factors=rows(covariance.factors), mixing=mixing)
+    if isinstance(covariance, Corrected):
+        v, w, core = (rows(part) for part in (covariance.variance, covariance.factors, covariance.core))
+        return Corrected(v, w, core, covariance.basis)
     assert isinstance(covariance, Dense)
     return Dense(rows(covariance.matrix))
 

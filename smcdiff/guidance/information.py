@@ -154,7 +154,8 @@ class _Climb:
 
 
 def _spectral(program: Program, covariances: Covariances) -> Diagonal | Corrected | None:
-    """The covariance of the program's one diffusion prior where it is diagonal in a basis."""
+    """The covariance of the program's one diffusion prior where it is diagonal in a basis, up to a correction of low
+    rank."""
     found = [covariances[name] for name, latent in program.latents.items() if latent.is_diffusion]
     return found[0] if len(found) == 1 and isinstance(found[0], Diagonal | Corrected) else None
 

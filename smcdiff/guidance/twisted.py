@@ -132,16 +132,24 @@ class TwistedModel:
         Raises:
             TypeError: where the proposal depends on more of a path than its last state.
         """
+        self.check_past()
+        log_p = self._transition(i, previous).log_p(self._states(current))
+        return log_p.reshape(previous["log_psi"].shape) - previous["log_psi"]
+
+    def check_past(self) -> None:
+        """Refuse a proposal that knows more of a path than its last state: such a path cannot be given another past.
+
+        Raises:
+            TypeError: naming the latent.
+        """
         for name, latent in self.program.latents.items():
             covariance = latent.chain.covariance
             if isinstance(covariance, Beside) and isinstance(covariance.given, DependsOnPath):
                 raise TypeError(
                     f"got a proposal of {name!r} by a covariance that depends on a particle's path, which cannot be "
-                    "given another past; take the prior's own covariance, or moves without ancestor or backward "
-                    "sampling"
+                    "given another past; take the prior's own covariance, or moves that trace the past "
+                    "(Past.TRACED)"
                 )
-        log_p = self._transition(i, previous).log_p(self._states(current))
-        return log_p.reshape(previous["log_psi"].shape) - previous["log_psi"]
 
     def _states(self, particles: Particles) -> dict[str, Tensor]:
         return {name: particles[name].flatten(0, 1) for name in self.program.latents}
@@ -261,7 +269,7 @@ class TwistedModel:
         return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)
 
 
-#: Carried by particles on whose path a point mass was proposed.
+#: Carried by particles whose path has no density, such as one on which a point mass was proposed.
 POINT_MASS = "(point mass)"
 #: Before the names of what a covariance model keeps of a particle, and of what a proposal's own denoiser said.
 _OF_COVARIANCE, _OWN = "covariance/", "own/"

@@ -114,17 +114,17 @@ class Matrix(SpectralOperator):
     def svd(self, x: Tensor) -> SVD:
         u, s, w, t = (factor.to(x.dtype) for factor in self._factors)
         rank, d = len(s), self.matrix.shape[1]
-        u, wt = u * (s > 0), w @ t
+        u = u * (s > 0)
         singular_values = self._unflat(torch.cat([s, s.new_zeros(d - rank)]))
 
-        def rotated(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        def rotated(x: Tensor, inner: Tensor) -> Tensor:
             x = self._flat(x)
-            return self._unflat(x + (x @ left) @ right.mT)
+            return self._unflat(x + (x @ w) @ inner @ w.mT)
 
         return SVD(
             singular_values,
-            lambda x: rotated(x, wt, w),
-            lambda c: rotated(c, w, wt),
+            lambda x: rotated(x, t),
+            lambda c: rotated(c, t.mT),
             lambda y: self._unflat(pad(y @ u, (0, d - rank))),
             lambda c: self._flat(c)[..., :rank] @ u.mT,
         )

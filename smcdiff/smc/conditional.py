@@ -58,7 +58,8 @@ Path = tuple[Particles, ...]
 class ConditionalFeynmanKac(FeynmanKac, Protocol):
     """A Feynman-Kac model that can also say how likely a given move is.
 
-    What a particle carries after move i must be a function of its x_i alone, so that a reference path can be put back.
+    What a particle carries after move i must be a function of its path x_{0:i}, so that a reference path can be put
+    back, and of x_i alone for ancestor or backward sampling, which give the path another past.
     """
 
     def log_potential(self, i: int, previous: Particles | None, current: Particles) -> Tensor:

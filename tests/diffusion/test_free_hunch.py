@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 import smcdiff as sd
 from smcdiff.diffusion.covariance import Corrected
@@ -16,10 +18,12 @@ from smcdiff.diffusion.free_hunch import FreeHunchCovariance
 from smcdiff.diffusion.schedule import NoiseLevel
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
+from smcdiff.smc.conditional import ConditionalSMC, Past
 from smcdiff.transforms import DCT
 
 F64 = torch.float64
 EVENT = (1, 2, 2)
+EYE = torch.eye(4, dtype=F64)
 M = 5
 #: A field that is no diagonal matrix in the basis it is expected in.
 FACTOR = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=F64)
@@ -100,7 +104,8 @@ def test_it_leaves_an_exact_covariance_alone() -> None:
     torch.testing.assert_close(matrix(found), exact.expand(M, 4, 4), rtol=1e-6, atol=1e-9)
 
 
-def test_it_comes_nearer_to_a_covariance_that_the_base_has_not() -> None:
+@pytest.mark.parametrize("far", [1.0, 30.0])
+def test_it_comes_nearer_to_a_covariance_that_the_base_has_not(far: float) -> None:
     """Kullback-Leibler divergence of N(0, C) from N(0, C_t), over that of the base, with all secants kept."""
     base = sd.SpectralCovariance(torch.full(EVENT, float(PRIOR_COVARIANCE.trace()) / 4))
     model = FreeHunchCovariance(base, 40, highest=math.inf, trust=1e6)
@@ -111,7 +116,7 @@ def test_it_comes_nearer_to_a_covariance_that_the_base_has_not() -> None:
 
     errors = {}
     for number in (10, 40):
-        parts, level, exact = walk(model, PRIOR_COVARIANCE, MEAN, number)
+        parts, level, exact = walk(model, PRIOR_COVARIANCE, far * MEAN, number)
         found = model.at(level, parts, parts["theta"])
         assert isinstance(found, Corrected)
         alone = matrix(Corrected(found.variance, 0 * found.factors, 0 * found.core, found.basis))
@@ -164,6 +169,67 @@ def test_particles_do_not_depend_on_each_other() -> None:
     torch.testing.assert_close(whole.log_evidence_per_chain, parts.log_evidence_per_chain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(1.0, True), (9.0, False), (-1.0, False)])
+def test_a_secant_that_it_cannot_trust_is_left_out(gain: float, kept: bool) -> None:
+    """A network whose answer moves ``gain`` times as far as the covariance foretells, with trust 4."""
+    spectrum = torch.tensor([[[4.0, 1.0], [0.5, 0.1]]], dtype=F64)
+    model = FreeHunchCovariance(sd.SpectralCovariance(spectrum), 2, highest=math.inf)
+    denoiser = sd.GaussianFieldDenoiser(torch.zeros(EVENT, dtype=F64), spectrum, DCT)
+    top, below = levels(6)[-2:]
+    x_t, x_s = top.sigma * normal(M, *EVENT), below.sigma * normal(M, *EVENT, seed=1)
+    first, second = (denoiser(x, level).mean for x, level in ((x_t, top), (x_s, below)))
+    before = model.parts(denoiser, x_t, top, Estimate(first))
+    told = first + gain * (second - first)
+    parts = model.parts(denoiser, x_s, below, Estimate(told, parts=before))
+    assert bool((parts["steps"][:, -1].flatten(1).norm(dim=1) > 0).all()) is kept
+    found = model.at(below, parts, x_s)
+    assert isinstance(found, Corrected)
+    if not kept:
+        assert float(parts["answers"].abs().max()) == 0
+    exact = 1 / (1 / spectrum + 1 / below.sigma**2)
+    moved = normal(M, *EVENT, seed=3)
+    torch.testing.assert_close(found.apply(moved), DCT.from_spectral(exact * DCT.to_spectral(moved)))
+
+
+def test_single_precision() -> None:
+    """Of float32 pictures: the matrix, its draws and its density as of the same numbers in float64."""
+    model = FreeHunchCovariance(sd.SpectralCovariance(torch.full(EVENT, 2.0)), 4, highest=math.inf, trust=1e6)
+    parts, level, _ = walk(model, PRIOR_COVARIANCE, MEAN, 12)
+    single = {name: part if name == "snr" else part.float() for name, part in parts.items()}
+    fine, coarse = (model.at(level, each, each["theta"]) for each in (parts, single))
+    v = normal(M, *EVENT, seed=5)
+    assert coarse.draw(v.float()).dtype == torch.float32
+    torch.testing.assert_close(coarse.apply(v.float()).double(), fine.apply(v), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coarse.log_prob(v.float()), fine.log_prob(v), rtol=1e-4, atol=1e-3)
+
+
+def test_with_marginalised_latents() -> None:
+    """The gain of a measurement integrated out beside it: unbiased, 400 chains of 4, six standard errors."""
+    spectrum = torch.tensor([[[4.0, 1.0], [0.5, 0.1]]], dtype=F64)
+    denoiser = sd.GaussianFieldDenoiser(torch.zeros(EVENT, dtype=F64), spectrum, DCT)
+    prior = sd.DiffusionPrior(denoiser, sd.VPSchedule(1e-4, 0.026, 1300), num_steps=6, grid=sd.KarrasGrid())
+    y = torch.tensor([1.0, -0.5], dtype=F64)
+
+    def model(y: Tensor | None = None) -> None:
+        gain = pyro.sample("gain", pyro.distributions.Normal(torch.tensor(1.0, dtype=F64), 0.3))
+        x = pyro.sample("x", prior)
+        pyro.sample("y", sd.GaussianMeasurement(sd.Matrix(gain * EYE[:2], EVENT), x, 0.5), obs=y)
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    basis = DCT.from_spectral(EYE.reshape(4, *EVENT)).flatten(1).mT
+    seen = (basis @ spectrum.flatten().diag() @ basis.mT)[:2, :2]
+    laws = [
+        MultivariateNormal(torch.zeros(2, dtype=F64), (1 + 0.3 * z) ** 2 * seen + 0.25 * EYE[:2, :2]) for z in nodes
+    ]
+    z_exact = sum(w * float(law.log_prob(y).exp()) for w, law in zip(weights, laws, strict=True)) / math.sqrt(
+        2 * math.pi
+    )
+    hunch = FreeHunchCovariance(sd.SpectralCovariance(0.6 * spectrum), highest=math.inf)
+    smc = sd.SMC(sd.Marginalised(model, hunch), 4, 400, seed=2, progress=False).run(y)
+    ratio = smc.log_evidence_per_chain.exp() / z_exact
+    assert abs(float(ratio.mean()) - 1) < 6 * float(ratio.std()) / 20
+
+
 def test_what_it_refuses() -> None:
     spectrum = torch.ones(EVENT, dtype=F64)
     hunch = FreeHunchCovariance(sd.SpectralCovariance(spectrum))
@@ -182,6 +248,11 @@ def test_what_it_refuses() -> None:
     with pytest.raises(TypeError, match="one covariance for all particles"):
         sd.SMC(sd.Tilted(model, hunch), 2, progress=False).run(y)
     method = sd.Adapted(model, hunch)
+    with pytest.raises(TypeError, match="cannot be given another past"):
+        sd.ParticleGibbs(method, 2, 1, progress=False).run(y)
+    traced = ConditionalSMC(past=Past.TRACED)
+    draws = sd.ParticleGibbs(method, 2, 1, moves=traced, progress=False).run(y).get_samples()["x"]
+    assert draws.shape == (1, *EVENT)
     twisted = TwistedModel(Program(method.model, (y,)), method)
     generator = torch.Generator().manual_seed(0)
     first = twisted.initial(1, 2, generator).particles
