@@ -4,6 +4,7 @@ For each shipped prior and each of three problems (denoising, deblurring, inpain
 itself, the chain with the full covariance at 30 steps, and measured; every method then runs on the same measurement:
 
     tilted               sd.Tilted, two forward passes a step
+    tilted, symmetric    the same with the network averaged over the 8 symmetries that it was trained with
     adapted              sd.Adapted with the prior's spectral covariance
     adapted, isotropic   its mean over frequencies in place of it, in twist and proposal
     adapted, doubled     twice it, in twist and proposal
@@ -75,6 +76,7 @@ def methods(prior: sd.DiffusionPrior, task: str) -> dict[str, tuple[Callable[[An
     assert isinstance(covariance, sd.SpectralCovariance)
     found: dict[str, tuple[Callable[[Any], Any], int, bool]] = {
         "tilted": (sd.Tilted, STEPS, True),
+        "tilted, symmetric": (sd.Tilted, STEPS, True),
         "adapted": (sd.Adapted, STEPS, True),
         "adapted, doubled": (lambda m: sd.Adapted(m, scaled(covariance, False, 2.0)), STEPS, True),
         "adapted, isotropic": (lambda m: sd.Adapted(m, scaled(covariance, True, 1.0)), STEPS, True),
@@ -135,7 +137,10 @@ def run(prior_name: str, task: str, name: str, picture: int, n: int, b: int) -> 
     base = sd.load_prior(prior_name, basis=basis)
     prior = base.replace(num_steps=STEPS, grid=sd.KarrasGrid(), variance="full")
     make, steps, many = methods(prior, task)[name]
-    x = prior.chain.sample(1, torch.Generator().manual_seed(1000 + picture))[0]
+    shown = prior
+    if name == "tilted, symmetric":
+        base = prior = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
+    x = shown.chain.sample(1, torch.Generator().manual_seed(1000 + picture))[0]
     clean = operator(x)
     y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2000 + picture))
     used = prior if steps == STEPS else base.replace(num_steps=steps, variance="posterior", grid=sd.LinspaceGrid())
@@ -178,7 +183,7 @@ def run(prior_name: str, task: str, name: str, picture: int, n: int, b: int) -> 
         "roots": roots if many else None,
         "log_z": [float(v) for v in log_z] if many else None,
         "log_z_range": float(log_z.max() - log_z.min()) if many else None,
-        "forward": forward / total,
+        "forward": forward / total * getattr(prior.chain.denoiser, "order", 1),
         "backward": backward / total,
         "seconds": seconds,
         "seconds_per_particle": seconds / total,

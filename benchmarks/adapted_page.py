@@ -35,6 +35,7 @@ def number(value: float | None, digits: int = 1) -> str:
 #: In the order of the table.
 METHODS = (
     "tilted",
+    "tilted, symmetric",
     "adapted",
     "adapted, Free Hunch",
     "adapted, doubled",
@@ -74,7 +75,7 @@ def networks_table(rows: Iterable[dict[str, Any]]) -> str:
                 row["method"],
                 f"{row['forward']:.0f} + {row['backward']:.0f}",
                 number(row["sumvar"], 0),
-                "none resampled" if row["method"] == "tilted" else number(row["roots"], 1),
+                "none resampled" if row["method"].startswith("tilted") else number(row["roots"], 1),
                 number(row["log_z_range"], 1),
                 "diverged" if broken else number(row["psnr"], 2),
                 "–" if broken else f"{100 * row['coverage']:.1f} %",

@@ -53,23 +53,6 @@ SIGMA = 0.25
 Row = dict[str, Any]
 
 
-class Symmetric:
-    """A denoiser averaged over turns and mirrors: mean over g of g^-1 x0_hat(g x)."""
-
-    def __init__(self, denoiser: Any) -> None:
-        self.denoiser = denoiser
-        self.event_shape, self.dtype, self.device = denoiser.event_shape, denoiser.dtype, denoiser.device
-
-    def __call__(self, x_t: Tensor, level: Any) -> Any:
-        total = torch.zeros_like(x_t)
-        for turns in range(4):
-            for mirror in (False, True):
-                seen = x_t.rot90(turns, (-2, -1))
-                said = self.denoiser(seen.flip(-1) if mirror else seen, level).mean
-                total = total + (said.flip(-1) if mirror else said).rot90(-turns, (-2, -1))
-        return sd.diffusion.denoiser.Estimate(total / 8)
-
-
 def trained() -> sd.DiffusionPrior:
     prior: sd.DiffusionPrior = sd.load_prior("wafer64", basis="dct")
     return prior.replace(num_steps=STEPS, grid=sd.KarrasGrid(), variance="full")
@@ -109,9 +92,7 @@ def psnr(mean: Tensor, x: Tensor) -> float:
 def symmetries() -> Iterator[tuple[str, Callable[[], Row]]]:
     prior = trained()
     x, y = measured(prior)
-    chain = prior.chain
-    averaged = sd.DiffusionPrior(Symmetric(chain.denoiser), chain.schedule, STEPS, variance="full", grid=chain.grid,
-                                 covariance=prior.covariance)  # fmt: skip
+    averaged = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
     for name, used in (("one network", prior), ("eight", averaged)):
         for method in (sd.Adapted, sd.Tilted):
             yield f"{method.__name__}, {name}", lambda m=method, p=used: weighed(m(program(p)), y, x, 8, 2)

@@ -47,6 +47,7 @@ from smcdiff.diffusion.schedule import (
     VPSchedule,
 )
 from smcdiff.diffusion.start import Start
+from smcdiff.diffusion.symmetric import SymmetricDenoiser
 from smcdiff.diffusion.variance_head import HeteroscedasticCovariance, VarianceHead, fit_variance_head
 from smcdiff.guidance.adapted import Adapted
 from smcdiff.guidance.auto import Choice, auto
@@ -234,6 +235,7 @@ __all__ = [
     "StateSpaceModel",
     "StudyError",
     "Sum",
+    "SymmetricDenoiser",
     "TMPDTwist",
     "TabulatedSchedule",
     "TemperedTwist",

@@ -95,14 +95,15 @@ class DiffusionPrior(TorchDistribution):
     def replace(
         self,
         *,
+        denoiser: Denoiser | None = None,
         num_steps: int | None = None,
         variance: Variance | None = None,
         grid: Grid | None = None,
         start: Start | None = None,
         covariance: CovarianceModel | None = None,
     ) -> DiffusionPrior:
-        """The same prior with another number of steps, step variance, time grid, start or covariance."""
-        return self._with(num_steps=num_steps, variance=variance, grid=grid, start=start, covariance=covariance)
+        """The same prior with another denoiser, number of steps, step variance, time grid, start or covariance."""
+        return self._with(denoiser, num_steps, variance, grid, start=start, covariance=covariance)
 
     @property
     def covariance(self) -> CovarianceModel | None:
