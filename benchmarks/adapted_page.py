@@ -51,6 +51,7 @@ HEAD = (
     "prior",
     "problem",
     "method",
+    "particles",
     "passes forward + back",
     "summed variance, nats²",
     "roots",
@@ -66,13 +67,14 @@ def networks_table(rows: Iterable[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if "failed" in row:
-            cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 7]
+            cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 8]
         else:
             broken = row["psnr"] < 0
             cells = [
                 row["prior"],
                 row["task"],
                 row["method"],
+                f"{row['chains']} × {row['particles']}",
                 f"{row['forward']:.0f} + {row['backward']:.0f}",
                 number(row["sumvar"], 0),
                 "none resampled" if row["method"].startswith("tilted") else number(row["roots"], 1),
@@ -86,8 +88,14 @@ def networks_table(rows: Iterable[dict[str, Any]]) -> str:
     return table(HEAD, lines, rule="---")
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each picture."""
+    pictures = sorted({row["picture"] for row in rows})
+    return "\n\n".join(networks_table(row for row in rows if row["picture"] == picture) for picture in pictures)
+
+
 def figure(rows: list[dict[str, Any]]) -> None:
-    shown = [row for row in rows if row.get("psnr", -1) > 0]
+    shown = [row for row in rows if row.get("psnr", -1) > 0 and row["picture"] == 0]
     panels = sorted({(row["prior"], row["task"]) for row in shown})
     drawing, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, sharey=True)
     for ax, panel in zip(axes[0], panels, strict=True):
@@ -107,12 +115,12 @@ def figure(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    rows.sort(key=lambda row: (row["prior"], row["task"], METHODS.index(row["method"])))
+    rows.sort(key=lambda row: (row["picture"], row["prior"], row["task"], METHODS.index(row["method"])))
     fields_rows = [json.loads(line) for line in fields.RESULTS.read_text().splitlines()]
     memory = json.loads(adapted_memory.RESULTS.read_text())["rows"]
     contents = {
         "fields": fields.tables(fields_rows),
-        "table": networks_table(rows),
+        "table": tables(rows),
         "memory": markdown([{"method": row["method"], "MB": f"{row['MB']:.0f}"} for row in memory]),
         "remedies": remedies.report(Kept(remedies.RESULTS, remedies.KEYS).rows),
     }
