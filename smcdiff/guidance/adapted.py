@@ -106,6 +106,15 @@ class Adapted:
         found: tuple[States, States, Covariances, Information] = prediction.memo[key]
         return found
 
+    def met(self, prediction: Prediction) -> Conditioned:
+        """N(x0_hat, C_t) and the likelihood's quadratic, for one prediction: what is solved once is kept."""
+        key = (id(self), "met")
+        if key not in prediction.memo:
+            mean, _, covariances, information = self.looked(prediction)
+            prediction.memo[key] = information.condition(mean, covariances)
+        found: Conditioned = prediction.memo[key]
+        return found
+
     def covariances(self, program: Program, k: int, estimates: dict[str, Estimate]) -> Covariances:
         """C_t of each of these latents at noise level k, for twist and proposal."""
         return {name: _covariance(program, k, name, estimate) for name, estimate in estimates.items()}
@@ -164,8 +173,8 @@ class _ConjugateProposal:
 def _looked(method: Adapted, prediction: Prediction) -> dict[str, Tensor]:
     """The log-integral of each particle, and where a program that is not linear was expanded."""
     if id(method) not in prediction.memo:
-        mean, _, covariances, information = method.looked(prediction)
-        found = {"log_integral": information.condition(mean, covariances).log_integral()}
+        *_, information = method.looked(prediction)
+        found = {"log_integral": method.met(prediction).log_integral()}
         found |= {f"{_AT}{name}": state for name, state in information.expanded_at.items()}
         prediction.memo[id(method)] = found
     return dict(prediction.memo[id(method)])

@@ -325,21 +325,24 @@ class _IterativeConditioned:
         """sqrt(v) g, in coordinates."""
         return self.variance.sqrt() * self.system.basis.to_spectral(self.slope).double()
 
+    @cached_property
+    def _pulled(self) -> tuple[Tensor, Tensor]:
+        """P g in coordinates, and g^T P g."""
+        return self.system.solve(self.variance, self._pull)
+
     def log_integral(self) -> Tensor:
-        _, gained = self.system.solve(self.variance, self._pull)
-        return self.value + 0.5 * (gained - self.system.log_det(self.variance))
+        return self.value + 0.5 * (self._pulled[1] - self.system.log_det(self.variance))
 
     def mean(self) -> States:
-        return self._moved(self._pull)
+        return self._at(self._pulled[0])
 
     def draw(self, noise: Noise) -> States:
         first = noise(self.centre.shape).double()
         second = noise(torch.Size((len(self.centre), self.system.num_values)))
         second = self.system.basis.to_spectral(self.system.backward(second)).double()
-        return self._moved(self._pull + first + self.variance.sqrt() * second)
+        return self._at(self.system.solve(self.variance, self._pull + first + self.variance.sqrt() * second)[0])
 
-    def _moved(self, right: Tensor) -> States:
-        away, _ = self.system.solve(self.variance, right)
+    def _at(self, away: Tensor) -> States:
         return {self.name: self.centre + self.system.basis.from_spectral(away.to(self.centre.dtype))}
 
 

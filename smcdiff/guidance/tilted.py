@@ -130,7 +130,7 @@ class _TiltedProposal:
                 f"sd.Tilted needs one covariance for all particles, diagonal in a basis; that of {name!r} is a "
                 f"{type(known).__name__} of {len(x_t)}. Calibrate it by prior.calibrate(images), or use sd.Adapted"
             )
-        first = information.condition(mean, covariances).mean()[name]  # x_1
+        first = self.adapted.met(prediction).mean()[name]  # x_1
         _, slope = gradient(program, {**mean, **held, name: first}, name)
         snr = level.ratio**-2
         wanted = survey(program, name, known.basis).mean if self.tilt is None else self.tilt
