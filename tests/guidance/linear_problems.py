@@ -28,6 +28,16 @@ STEPS = 20
 Kernel = Callable[[Any], Any]
 
 
+def svd_of(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, m), s (m,) and V^T (3, 3) of A (m, 3) in the basis that the operator draws noise in, and that they are."""
+    svd = sd.Matrix(a).svd(EYE)
+    u = svd.measurement_from_spectral(EYE)[: len(a)].mT
+    s, vt = svd.singular_values[: len(a)], svd.to_spectral(EYE).mT
+    torch.testing.assert_close((u * s) @ vt[: len(a)], a, rtol=0, atol=1e-13)
+    torch.testing.assert_close(vt @ vt.mT, EYE, rtol=0, atol=1e-13)
+    return u, s, vt
+
+
 def gaussian_prior(
     steps: int = STEPS,
     variance: str = "posterior",

@@ -21,6 +21,7 @@ from tests.guidance.linear_problems import (
     check_refusals,
     gaussian_prior,
     linspace_levels,
+    svd_of,
     x0_hat,
 )
 
@@ -45,7 +46,7 @@ def ddnm_loop(noise: torch.Tensor, eta: float) -> torch.Tensor:
 def ddnm_plus_loop(noise: torch.Tensor, sigma_y: float, eta: float) -> torch.Tensor:
     """The same with Sigma_t = V diag(lambda) V^T before the correction and V diag(phi) V^T on the noise."""
     levels = linspace_levels(STEPS)
-    _, s, vt = torch.linalg.svd(A)
+    _, s, vt = svd_of(A)
     x = noise[0]
     for k in range(STEPS, 0, -1):
         (alpha, sigma), (a, sigma_s) = levels[k], levels[k - 1]

@@ -18,6 +18,7 @@ from tests.guidance.linear_problems import (
     check_refusals,
     gaussian_prior,
     linspace_levels,
+    svd_of,
     x0_hat,
 )
 
@@ -25,7 +26,7 @@ from tests.guidance.linear_problems import (
 def published_loop(noise: torch.Tensor, sigma_y: float, eta: float, eta_b: float) -> torch.Tensor:
     """2201.11793, section 3.2, one coordinate at a time, with x / alpha as the paper's variance-exploding picture."""
     levels = linspace_levels(STEPS)
-    u, s, vt = torch.linalg.svd(A)
+    u, s, vt = svd_of(A)
     y_bar = [*(u.T @ Y / s).tolist(), 0.0]
     singular = [*s.tolist(), 0.0]
     x = noise[0]

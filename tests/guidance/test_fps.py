@@ -23,10 +23,11 @@ from tests.guidance.linear_problems import (
     gaussian_prior,
     linspace_levels,
     program,
+    svd_of,
     x0_hat,
 )
 
-U, S, VT = torch.linalg.svd(A)
+U, S, VT = svd_of(A)
 ROOT = torch.cat((U * S, torch.zeros(2, 1, dtype=F64)), 1)  # A V
 ONE = torch.tensor([[0.6, 0.5, 0.0]], dtype=F64)
 

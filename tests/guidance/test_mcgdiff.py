@@ -24,10 +24,11 @@ from tests.guidance.linear_problems import (
     gaussian_prior,
     linspace_levels,
     program,
+    svd_of,
     x0_hat,
 )
 
-U, S, VT = torch.linalg.svd(A)
+U, S, VT = svd_of(A)
 
 
 def meeting_levels(sigma_y: float) -> list[int]:
