@@ -8,8 +8,8 @@ noise level then follows better from what it says at another, which is what the 
 It takes as many passes as G has elements.
 
 References:
-    M. Zaheer, S. Kottur, S. Ravanbakhsh, B. Poczos, R. Salakhutdinov, A. Smola, "Deep Sets" (2017), arXiv 1703.06114:
-    equivariance to a group.
+    T. Cohen, M. Welling, "Group Equivariant Convolutional Networks" (2016), arXiv 1602.07576: equivariance to turns and
+    mirrors.
     B. Lakshminarayanan, A. Pritzel, C. Blundell, "Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles" (2016), arXiv 1612.01474: what averaging networks does to their errors.
 """
@@ -38,7 +38,7 @@ class SymmetricDenoiser:
     """The mean over g in G of g^-1 x0_hat(g x_t).
 
     Put it into a prior with ``prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))``; the covariance that
-    the prior has stays, and a calibration anew makes it smaller. A run counts one evaluation for all of G.
+    the prior has stays, until it is calibrated anew. A run counts one evaluation for all of G.
 
     Args:
         denoiser: of events whose last two dimensions are a picture's rows and columns.
