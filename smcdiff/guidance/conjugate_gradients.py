@@ -34,9 +34,10 @@ from torch import Tensor
 
 from smcdiff.diffusion.covariance import Diagonal
 from smcdiff.guidance.elementwise import slope_at
-from smcdiff.guidance.picture import PictureMeasurement
+from smcdiff.guidance.picture import LinearSite, PictureMeasurement
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Covariances, Noise, States
+from smcdiff.measurement import LinearOperator, diagonal_part
 from smcdiff.transforms import Basis
 
 __all__ = ["ConjugateGradients", "IterativeMeasurement", "LinearSystem"]
@@ -90,6 +91,7 @@ class LinearSystem:
         self._highest = highest.double().expand(1, *picture.x.shape)
         self._weights = [site.weight.to(picture.x) for site in picture.sites]
         self._targets = [site.target.to(picture.x) for site in picture.sites]
+        self._parts = [_Part.of(site, picture.x, basis) for site in picture.sites]
         self._log_dets: dict[bytes, Tensor] = {}
 
     @property
@@ -123,8 +125,9 @@ class LinearSystem:
 
     def information(self, c: Tensor) -> Tensor:
         """V^T J V c for coordinates (m, *shape): in the picture's own precision, which a solve's residual stands."""
-        x = self.basis.from_spectral(c.to(self.picture.x.dtype))
-        return self.basis.to_spectral(self.backward(self.forward(x))).to(c.dtype)
+        near = c.to(self.picture.x.dtype)
+        parts = [part.information(near, self.basis) for part in self._parts]
+        return torch.stack(parts).sum(0).to(c.dtype) if len(parts) > 1 else parts[0].to(c.dtype)
 
     def solve(self, v: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """x = (diag(1/v) + V^T J V)^-1 right, (m, *shape) of float64, and right^T x, (m,).
@@ -247,6 +250,35 @@ class LinearSystem:
         values, vectors = torch.linalg.eigh(tri)
         terms = squares.flatten() * (vectors[:, 0].square() * values.clamp(min=1e-12).log()).sum(-1)
         return terms.sum() + torch.log1p(v * self._diagonal).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One site's share of J, with A = R_1 ... R_j V diag(a) V^T: what is diagonal in V costs no transform.
+
+    Args:
+        diagonal: a, of the picture's dtype.
+        rest: R_1, ..., R_j.
+        precision: Sigma^-1, elementwise.
+    """
+
+    diagonal: Tensor
+    rest: tuple[LinearOperator, ...]
+    precision: Tensor
+
+    @classmethod
+    def of(cls, site: LinearSite, x: Tensor, basis: Basis) -> _Part:
+        a, rest = diagonal_part(site.operator, x.double(), basis)
+        return cls(torch.ones_like(x) if a is None else a.to(x), rest, site.weight.square().to(x))
+
+    def information(self, c: Tensor, basis: Basis) -> Tensor:
+        y = basis.from_spectral(self.diagonal * c)
+        for operator in reversed(self.rest):
+            y = operator(y)
+        y = self.precision * y
+        for operator in self.rest:
+            y = operator.adjoint(y)
+        return self.diagonal * basis.to_spectral(y)
 
 
 @dataclass(frozen=True, eq=False)

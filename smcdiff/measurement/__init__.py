@@ -1,6 +1,6 @@
 """Measurement operators, and the noise laws of what they measure."""
 
-from smcdiff.measurement.blur import Blur, Circular, Padding, Zero
+from smcdiff.measurement.blur import Blur, Circular, Padding, Reflective, Zero
 from smcdiff.measurement.compose import (
     Compose,
     Composition,
@@ -9,6 +9,7 @@ from smcdiff.measurement.compose import (
     LinearFunction,
     as_linear,
     as_operator,
+    diagonal_part,
 )
 from smcdiff.measurement.continuous import LaplaceMeasurement, LogNormalMeasurement, MixedMeasurement
 from smcdiff.measurement.distributions import GaussianMeasurement, Measurement, PoissonMeasurement
@@ -78,6 +79,7 @@ __all__ = [
     "Physics",
     "PoissonMeasurement",
     "Radon",
+    "Reflective",
     "Select",
     "SimplexKernel",
     "SpectralOperator",
@@ -88,6 +90,7 @@ __all__ = [
     "as_operator",
     "astigmatic_psf",
     "defocus_psf",
+    "diagonal_part",
     "gaussian_moments",
     "gaussian_psf",
     "motion_psf",

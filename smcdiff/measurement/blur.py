@@ -4,10 +4,17 @@ r"""Convolution of images with a kernel.
 
 per channel, with x continued beyond its border as the padding says. It is computed by the fast Fourier transform: a
 circular convolution is y = F^-1 (h . F x) with the transfer function h, the transform of the kernel rolled to its
-centre; a zero-padded one is a circular convolution on a canvas large enough that nothing wraps onto the image.
+centre; a zero-padded one is a circular convolution on a canvas large enough that nothing wraps onto the image, and a
+reflected one on the canvas of twice the sides that the image and its mirror images fill.
 
 With H the (real, orthonormal) Hartley transform and P the convolution whose transfer function is h / |h|, a circular
-convolution is A = (P H) diag(|h|) H, a singular value decomposition in real coordinates.
+convolution is A = (P H) diag(|h|) H, a singular value decomposition in real coordinates. With reflection and a kernel
+that is symmetric about its centre in both directions, A = V diag(h) V^T with V^T the cosine transform and h the real
+transfer function at the frequencies of the cosines.
+
+References:
+    M. Ng, R. Chan, W.-C. Tang, "A Fast Algorithm for Deblurring Models with Neumann Boundary Conditions" (1999):
+    reflection and the cosine transform.
 """
 
 from __future__ import annotations
@@ -22,9 +29,9 @@ from torch.nn.functional import pad
 from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
 from smcdiff.measurement.operators import SpectralOperator
 from smcdiff.measurement.svd import SVD, cut
-from smcdiff.transforms import hartley
+from smcdiff.transforms import DCT, HARTLEY, Basis, dct, hartley, inverse_dct, same_basis
 
-__all__ = ["Blur", "Circular", "Padding", "Zero"]
+__all__ = ["Blur", "Circular", "Padding", "Reflective", "Zero"]
 
 
 @final
@@ -39,7 +46,13 @@ class Zero:
     """The image is 0 beyond its border (mid-grey on the scale [-1, 1]): no svd."""
 
 
-Padding = Circular | Zero
+@final
+@dataclass(frozen=True)
+class Reflective:
+    """The image is mirrored at its border, c b a | a b c: a fast svd for kernels symmetric in both directions."""
+
+
+Padding = Circular | Zero | Reflective
 
 
 @final
@@ -53,7 +66,7 @@ class Blur(SpectralOperator):
         kernel: k, of shape (rows, columns), any sizes, also even ones and ones larger than the image; its centre is
             [rows // 2, columns // 2]. Not normalised here. A kernel of shape (*batch, rows, columns) is one kernel
             per sample: batch broadcasts to the batch dimensions of x of shape (*batch, channels, rows, columns).
-        padding: how x is continued, :class:`Circular` or :class:`Zero`.
+        padding: how x is continued, :class:`Circular`, :class:`Zero` or :class:`Reflective`.
 
     Raises:
         ValueError: for a kernel with fewer than two dimensions, empty, complex or integer, with NaN, or whose batch
@@ -70,8 +83,8 @@ class Blur(SpectralOperator):
                 f"got a kernel of shape {tuple(kernel.shape)} and dtype {kernel.dtype}; expected floating-point values "
                 "of shape (rows, columns), or (*batch, rows, columns) for one kernel per sample"
             )
-        if not isinstance(self.padding, Circular | Zero):
-            raise TypeError(f"got padding {self.padding!r}; expected Circular() or Zero()")
+        if not isinstance(self.padding, Circular | Zero | Reflective):
+            raise TypeError(f"got padding {self.padding!r}; expected Circular(), Zero() or Reflective()")
         if is_validating():
             require_finite("a kernel", kernel)
 
@@ -85,9 +98,32 @@ class Blur(SpectralOperator):
         return shape
 
     def svd(self, x: Tensor) -> SVD | None:
-        """For circular padding, in Hartley coordinates; None for zero padding."""
-        if isinstance(self.padding, Zero):
+        """For circular padding, in Hartley coordinates; for reflection and a kernel symmetric in both directions, in
+        those of the cosine transform; None elsewhere."""
+        if isinstance(self.padding, Circular):
+            return self._circular_svd(x)
+        h = self.eigenvalues(x, DCT)
+        if h is None:
             return None
+        s = cut(h.abs(), 2)
+        signs = torch.where(s > 0, h.sign(), 0.0)
+        return SVD(s, dct, inverse_dct, lambda y: signs * dct(y), lambda c: inverse_dct(signs * c))
+
+    def eigenvalues(self, x: Tensor, basis: Basis) -> Tensor | None:
+        """The transfer function: for kernels symmetric about their centre with circular padding in Hartley coordinates,
+        for those symmetric in both directions with reflection in those of the cosine transform."""
+        rows, columns = self._size(x)
+        if isinstance(self.padding, Circular) and same_basis(basis, HARTLEY):
+            kernel, mirrors = self._rolled(rows, columns, x.dtype), ((-2, -1),)
+        elif isinstance(self.padding, Reflective) and same_basis(basis, DCT):
+            kernel, mirrors = self._rolled(2 * rows, 2 * columns, x.dtype), ((-2,), (-1,))
+        else:
+            return None
+        if not all(_is_even(kernel, dims) for dims in mirrors):
+            return None
+        return torch.fft.fft2(kernel).real[..., :rows, :columns]
+
+    def _circular_svd(self, x: Tensor) -> SVD:
         rows, columns = self._size(x)
         transfer = torch.fft.fft2(self._rolled(rows, columns, x.dtype))
         s = cut(transfer.abs(), 2)
@@ -105,11 +141,16 @@ class Blur(SpectralOperator):
     def _convolve(self, x: Tensor, *, adjoint: bool) -> Tensor:
         rows, columns = self._size(x)
         canvas = (rows, columns)
+        reflective = isinstance(self.padding, Reflective)
         if isinstance(self.padding, Zero):
             canvas = (rows + self.kernel.shape[-2] // 2, columns + self.kernel.shape[-1] // 2)
+        elif reflective:
+            canvas = (2 * rows, 2 * columns)
+        given = _mirrored(x) if reflective and not adjoint else x
         transfer = torch.fft.rfft2(self._rolled(*canvas, x.dtype))
-        spectrum = torch.fft.rfft2(x, s=canvas) * (transfer.conj() if adjoint else transfer)
-        return torch.fft.irfft2(spectrum, s=canvas)[..., :rows, :columns]
+        spectrum = torch.fft.rfft2(given, s=canvas) * (transfer.conj() if adjoint else transfer)
+        y = torch.fft.irfft2(spectrum, s=canvas)
+        return _folded(y) if reflective and adjoint else y[..., :rows, :columns]
 
     def _size(self, x: Tensor) -> tuple[int, int]:
         batch = self.kernel.shape[:-2]
@@ -129,3 +170,25 @@ class Blur(SpectralOperator):
         k = k.unflatten(-1, (-1, columns)).sum(-2).unflatten(-2, (-1, rows)).sum(-3)
         k = k.roll((-(down // 2), -(right // 2)), (-2, -1))
         return k.unsqueeze(-3) if k.ndim > 2 else k
+
+
+def _mirrored(x: Tensor) -> Tensor:
+    """x and its mirror images, on twice as many rows and columns."""
+    wide = torch.cat([x, x.flip(-1)], -1)
+    return torch.cat([wide, wide.flip(-2)], -2)
+
+
+def _folded(x: Tensor) -> Tensor:
+    """The transpose of :func:`_mirrored`."""
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    high = x[..., :rows, :] + x[..., rows:, :].flip(-2)
+    return high[..., :columns] + high[..., columns:].flip(-1)
+
+
+def _is_even(rolled: Tensor, dims: tuple[int, ...]) -> bool:
+    """Whether a kernel with its centre at [0, 0] is its own mirror image; False where its values cannot be read."""
+    mirror = rolled.flip(dims).roll((1,) * len(dims), dims)
+    try:
+        return bool(((rolled - mirror).abs() <= 8 * torch.finfo(rolled.dtype).eps * rolled.abs().amax()).all())
+    except RuntimeError:  # under torch.func.vmap
+        return False

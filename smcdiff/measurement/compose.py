@@ -12,8 +12,18 @@ from torch import Tensor
 
 from smcdiff.measurement.operators import LinearOperator, Operator, TransposeOperator
 from smcdiff.measurement.physics import LinearPhysics, Physics, PhysicsLike, is_linear_physics
+from smcdiff.transforms import Basis
 
-__all__ = ["Compose", "Composition", "Function", "LinearComposition", "LinearFunction", "as_linear", "as_operator"]
+__all__ = [
+    "Compose",
+    "Composition",
+    "Function",
+    "LinearComposition",
+    "LinearFunction",
+    "as_linear",
+    "as_operator",
+    "diagonal_part",
+]
 
 
 @final
@@ -39,6 +49,21 @@ class LinearComposition(TransposeOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return reduce(lambda value, operator: operator.adjoint(value), self.operators, y)
+
+
+def diagonal_part(
+    operator: LinearOperator, x: Tensor, basis: Basis
+) -> tuple[Tensor | None, tuple[LinearOperator, ...]]:
+    """a and operators R_1, ..., R_j with A = R_1 ... R_j V diag(a) V^T, as much of A as is known in a; None for a = 1.
+
+    Args:
+        x: an event; its shape, dtype and device count, its values do not.
+    """
+    rest = operator.operators if isinstance(operator, LinearComposition) else (operator,)
+    a: Tensor | None = None
+    while rest and (last := rest[-1].eigenvalues(x, basis)) is not None:
+        a, rest = last if a is None else a * last, rest[:-1]
+    return a, rest
 
 
 def Compose(*operators: object) -> Operator:

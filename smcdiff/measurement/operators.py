@@ -16,6 +16,7 @@ from typing import final
 from torch import Size, Tensor
 
 from smcdiff.measurement.svd import SVD
+from smcdiff.transforms import Basis
 
 __all__ = ["LinearOperator", "Operator", "SpectralOperator", "TransposeOperator", "require_linear", "require_svd"]
 
@@ -48,6 +49,10 @@ class LinearOperator(Operator):
         Args:
             x: an event, with or without batch dimensions; its shape, dtype and device count, its values do not.
         """
+
+    def eigenvalues(self, x: Tensor, basis: Basis) -> Tensor | None:
+        """a with A = V diag(a) V^T on events like x, of any sign, where that is known of the basis; None elsewhere."""
+        return None
 
     @abstractmethod
     def pinv(self, y: Tensor) -> Tensor:

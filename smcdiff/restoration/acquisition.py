@@ -29,6 +29,7 @@ from smcdiff.measurement import (
     GaussianMeasurement,
     Identity,
     LinearOperator,
+    Reflective,
     TransposeOperator,
 )
 from smcdiff.restoration.images import Crop
@@ -180,9 +181,12 @@ def sharp(noise: Noise) -> Acquisition:
 
 
 def blurred(noise: Noise, psf_sigma: float) -> Acquisition:
-    """y = k * x + noise, with k a Gaussian of standard deviation ``psf_sigma`` pixels."""
+    """y = k * x + noise, with k a Gaussian of standard deviation ``psf_sigma`` pixels.
+
+    The margin keeps the window clear of what the padding makes up. Reflection has the basis of the cosines.
+    """
     kernel = gaussian_psf(psf_sigma)
-    return Acquisition(noise, Blur(kernel), margin=len(kernel) // 2)
+    return Acquisition(noise, Blur(kernel, Reflective()), margin=len(kernel) // 2)
 
 
 def masked(noise: Noise, mask: Tensor) -> Acquisition:

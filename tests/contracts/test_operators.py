@@ -25,6 +25,7 @@ from smcdiff.measurement import (
     Mask,
     Matrix,
     Radon,
+    Reflective,
     Select,
     SpectralOperator,
     Zero,
@@ -63,6 +64,11 @@ def rank_two(rows: int, columns: int) -> Tensor:
     return normal(rows, 2) @ normal(2, columns)
 
 
+def symmetric(rows: int, columns: int) -> Tensor:
+    kernel = normal(rows, columns)
+    return kernel + kernel.flip(0) + kernel.flip(1) + kernel.flip((0, 1))
+
+
 #: One row per operator: how to make it, and the shape of one event.
 ROWS: dict[str, tuple[Callable[[], LinearOperator], tuple[int, ...]]] = {
     "identity": (Identity, (2, 3)),
@@ -80,6 +86,13 @@ ROWS: dict[str, tuple[Callable[[], LinearOperator], tuple[int, ...]]] = {
     "blur with a kernel larger than the image": (lambda: Blur(normal(7, 11), Circular()), (1, 3, 4)),
     "one blur per sample": (lambda: Blur(normal(2, 3, 2)), (2, 1, 4, 5)),
     "zero-padded blur": (lambda: Blur(normal(3, 4), Zero()), (2, 5, 4)),
+    "reflected blur": (lambda: Blur(normal(3, 4), Reflective()), (2, 5, 4)),
+    "reflected blur with a symmetric kernel": (lambda: Blur(symmetric(5, 3), Reflective()), (2, 6, 4)),
+    "reflected blur with zeros": (lambda: Blur(torch.ones(3, 1, dtype=torch.float64), Reflective()), (1, 6, 4)),
+    "one symmetric kernel per sample": (
+        lambda: Blur(torch.stack([symmetric(3, 3), symmetric(3, 3).square()]), Reflective()),
+        (2, 1, 4, 5),
+    ),
     "downsample": (lambda: Downsample(2), (2, 4, 6)),
     "downsample by three": (lambda: Downsample(3), (1, 3, 6)),
     "downsample by one": (lambda: Downsample(1), (1, 2, 3)),
@@ -92,7 +105,7 @@ ROWS: dict[str, tuple[Callable[[], LinearOperator], tuple[int, ...]]] = {
     "linear function": (lambda: as_linear(lambda x: 3 * x[..., ::2, :], normal(1, 4, 3)), (1, 4, 3)),
     "physics": (lambda: LinearPhysics(DoublingPhysics()), (1, 2, 4)),
 }
-WITHOUT_SVD = ("zero-padded blur", "radon", "composition", "linear function", "physics")
+WITHOUT_SVD = ("zero-padded blur", "reflected blur", "radon", "composition", "linear function", "physics")
 WITHOUT_PINV = WITHOUT_SVD[:-1]
 
 

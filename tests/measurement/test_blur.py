@@ -10,15 +10,22 @@ import torch
 from scipy import ndimage, signal
 from torch import Tensor
 
-from smcdiff.measurement import Blur, Circular, GaussianMeasurement, Zero
+from smcdiff.measurement import Blur, Circular, GaussianMeasurement, Reflective, Zero
 from smcdiff.measurement.blur import Padding
+from smcdiff.transforms import DCT, HARTLEY, Basis
 
 SIZES = [(3, 3), (1, 5), (4, 4), (2, 3), (5, 2), (7, 6), (1, 1), (11, 13), (20, 4)]
-PADDINGS = [Circular(), Zero()]
+PADDINGS = [Circular(), Zero(), Reflective()]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mirrored(place: int, size: int) -> int:
+    """Where a pixel beyond the border is taken from: ... 1 0 | 0 1 ... size - 1 | size - 1 ..."""
+    within = place % (2 * size)
+    return min(within, 2 * size - 1 - within)
 
 
 def written_out(kernel: Tensor, x: Tensor, padding: Padding) -> Tensor:
@@ -30,6 +37,8 @@ def written_out(kernel: Tensor, x: Tensor, padding: Padding) -> Tensor:
             a, b = row + kernel.shape[0] // 2 - j, column + kernel.shape[1] // 2 - k
             if isinstance(padding, Circular):
                 y[row, column] += kernel[j, k] * x[a % rows, b % columns]
+            elif isinstance(padding, Reflective):
+                y[row, column] += kernel[j, k] * x[mirrored(a, rows), mirrored(b, columns)]
             elif 0 <= a < rows and 0 <= b < columns:
                 y[row, column] += kernel[j, k] * x[a, b]
     return y
@@ -54,6 +63,8 @@ def test_against_scipy(size: tuple[int, int]) -> None:
             wrapped = ndimage.convolve(picture.numpy(), kernel.numpy(), mode="wrap")
             got = Blur(kernel)(picture)
             torch.testing.assert_close(got, torch.from_numpy(wrapped), rtol=1e-12, atol=1e-12)
+            reflected = torch.from_numpy(ndimage.convolve(picture.numpy(), kernel.numpy(), mode="reflect"))
+            torch.testing.assert_close(Blur(kernel, Reflective())(picture), reflected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(Blur(kernel)(x)[1, 2], Blur(kernel)(x[1, 2]), rtol=1e-12, atol=1e-12)
 
 
@@ -124,6 +135,54 @@ def test_small_singular_values_count_down_to_rounding_and_no_further(dtype: torc
     torch.testing.assert_close(svd.singular_values, expected, rtol=0.05, atol=0)
 
 
+TAP = torch.tensor([0.3, -0.9, 1.0, -0.9, 0.3], dtype=torch.float64)  # a transfer function of both signs
+
+
+@pytest.mark.parametrize(
+    ("padding", "basis", "kernel"),
+    [
+        (Reflective(), DCT, TAP[:, None] * torch.tensor([0.5, 1.0, 0.5])),
+        (Circular(), HARTLEY, TAP[:, None] * TAP),
+        (Circular(), HARTLEY, normal(3, 3) + normal(3, 3).flip((0, 1))),
+    ],
+    ids=["reflected", "circular", "symmetric about the centre alone"],
+)
+def test_eigenvalues_are_those_of_the_written_out_matrix(padding: Padding, basis: Basis, kernel: Tensor) -> None:
+    blur, unit = Blur(kernel, padding), torch.eye(42, dtype=torch.float64).reshape(42, 6, 7)
+    a = blur.eigenvalues(unit, basis)
+    assert a is not None
+    assert float(a.min()) < -0.05 < 0.05 < float(a.max())
+    torch.testing.assert_close(blur(unit), basis.from_spectral(a * basis.to_spectral(unit)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("padding", "basis", "kernel"),
+    [
+        (Zero(), DCT, torch.ones(3, 3)),
+        (Reflective(), HARTLEY, torch.ones(3, 3)),
+        (Circular(), DCT, torch.ones(3, 3)),
+        (Circular(), HARTLEY, torch.tensor([[1.0, 2.0, 3.0]])),
+        (Reflective(), DCT, normal(3, 3).float() + normal(3, 3).float().flip((0, 1))),  # its mirror images differ
+        (Reflective(), DCT, torch.ones(2, 3)),  # an even number of rows has no middle
+    ],
+    ids=["zeros", "another basis", "circular cosines", "lopsided", "turned", "even"],
+)
+def test_no_eigenvalues_where_the_basis_does_not_fit(padding: Padding, basis: Basis, kernel: Tensor) -> None:
+    assert Blur(kernel, padding).eigenvalues(torch.zeros(6, 7), basis) is None
+
+
+def test_under_vmap_a_kernel_is_taken_for_lopsided() -> None:
+    seen = []
+
+    def look(kernel: Tensor) -> Tensor:
+        seen.append(Blur(kernel, Reflective()).svd(torch.zeros(4, 4, dtype=torch.float64)))
+        return kernel.sum()
+
+    with pyro.validation_enabled(False):
+        torch.func.vmap(look)(torch.ones(2, 3, 3, dtype=torch.float64))
+    assert seen == [None]
+
+
 def test_a_kernel_that_is_a_latent_of_a_program() -> None:
     x, y = normal(1, 5, 6), normal(1, 5, 6, seed=2)
 
@@ -181,5 +240,5 @@ def test_a_kernel_that_does_not_fit_the_image_is_refused(kernel: tuple[int, ...]
 
 
 def test_wrong_padding_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"expected Circular\(\) or Zero\(\)"):
+    with pytest.raises(TypeError, match=r"expected Circular\(\), Zero\(\) or Reflective\(\)"):
         Blur(torch.ones(3, 3), "circular")  # type: ignore[arg-type]

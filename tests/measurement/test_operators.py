@@ -21,18 +21,22 @@ from smcdiff.measurement import (
     Identity,
     LinearComposition,
     LinearFunction,
+    LinearOperator,
     LinearPhysics,
     Mask,
     Matrix,
     Physics,
     Radon,
+    Reflective,
     Select,
     Zero,
     as_linear,
     as_operator,
+    diagonal_part,
     require_linear,
     require_svd,
 )
+from smcdiff.transforms import DCT
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -233,6 +237,30 @@ def test_as_linear_takes_linear_functions_and_refuses_others(dtype: torch.dtype)
             as_linear(function, x)
     with pytest.raises(TypeError, match="is affine"):
         as_linear(lambda x: 2 * x + 1, x)
+
+
+def test_what_is_diagonal_in_a_basis_is_taken_off_a_composition() -> None:
+    even = Blur(torch.tensor([[1.0, 2.0, 1.0]]).double() / 4, Reflective())
+    tall = Blur(torch.tensor([[1.0], [-3.0], [1.0]]).double(), Reflective())
+    seen = Select(normal(1, 6, 7) > 0)
+    x = normal(3, 1, 6, 7)
+    for operator, rest in (
+        (Compose(seen, tall, even), (seen,)),
+        (Compose(tall, even), ()),
+        (Compose(even, Mask(normal(6, 7))), None),
+        (even, ()),
+        (seen, (seen,)),
+    ):
+        assert isinstance(operator, LinearOperator)
+        a, found = diagonal_part(operator, x[0], DCT)
+        y = DCT.from_spectral(DCT.to_spectral(x) * (1 if a is None else a))
+        for last in reversed(found):
+            y = last(y)
+        torch.testing.assert_close(y, operator(x), rtol=1e-12, atol=1e-12)
+        if rest is None:
+            assert a is None and len(found) == 2
+        else:
+            assert found == rest and (a is None) == (operator is seen)
 
 
 def test_methods_that_need_more_are_told_what_to_use() -> None:

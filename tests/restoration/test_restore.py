@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import smcdiff as sd
+from smcdiff.measurement import diagonal_part
 from smcdiff.restoration.acquisition import Acquisition, Whiten, Window, blurred, coarse, gaussian_psf, masked, sharp
 from smcdiff.restoration.images import Crop
 from smcdiff.restoration.noise_level import Noise, whiten
 from smcdiff.restoration.restore import Effort, prepare
+from smcdiff.transforms import DCT
 from tests.guidance.exact import chain_law
 
 MASK = torch.tensor([[[1.0, 0, 1], [1, 1, 0]]])
@@ -159,6 +161,15 @@ def test_a_blur_does_not_wrap_into_the_window():
             expected = torch.zeros(places.numel(), dtype=torch.float64)
             expected[inside.flatten()] = kernel.flatten()
             torch.testing.assert_close(view[6 * i + j], expected, atol=1e-7, rtol=0)
+
+
+def test_a_blur_is_diagonal_where_restorations_have_their_covariance():
+    """So that conjugate gradients pay for one pair of transforms an iteration, and none for the blur."""
+    acquisition = blurred(Noise(0.1), 1.5)
+    canvas = acquisition.canvas(8, 8, 8)
+    view = sd.Compose(Window(canvas.window, (canvas.rows, canvas.columns)), acquisition.operator)
+    a, rest = diagonal_part(view, torch.zeros(1, canvas.rows, canvas.columns), DCT)
+    assert a is not None and [type(operator) for operator in rest] == [Window]
 
 
 def test_adjoints():
