@@ -113,6 +113,7 @@ class Blur(SpectralOperator):
         """The transfer function: for kernels symmetric about their centre with circular padding in Hartley coordinates,
         for those symmetric in both directions with reflection in those of the cosine transform."""
         rows, columns = self._size(x)
+        mirrors: tuple[tuple[int, ...], ...]
         if isinstance(self.padding, Circular) and same_basis(basis, HARTLEY):
             kernel, mirrors = self._rolled(rows, columns, x.dtype), ((-2, -1),)
         elif isinstance(self.padding, Reflective) and same_basis(basis, DCT):
