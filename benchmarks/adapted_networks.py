@@ -4,7 +4,8 @@ For each shipped prior and each of three problems (denoising, deblurring, inpain
 itself, the chain with the full covariance at 30 steps, and measured; every method then runs on the same measurement:
 
     tilted               sd.Tilted, two forward passes a step
-    tilted, symmetric    the same with the network averaged over the 8 symmetries that it was trained with
+    tilted, Karras grid  the same on the noise levels of sd.KarrasGrid, the other rows having those of sd.SinhGrid
+    tilted, symmetric    tilted with the network averaged over the 8 symmetries that it was trained with
     adapted              sd.Adapted with the prior's spectral covariance
     adapted, isotropic   its mean over frequencies in place of it, in twist and proposal
     adapted, doubled     twice it, in twist and proposal
@@ -76,6 +77,7 @@ def methods(prior: sd.DiffusionPrior, task: str) -> dict[str, tuple[Callable[[An
     assert isinstance(covariance, sd.SpectralCovariance)
     found: dict[str, tuple[Callable[[Any], Any], int, bool]] = {
         "tilted": (sd.Tilted, STEPS, True),
+        "tilted, Karras grid": (sd.Tilted, STEPS, True),
         "tilted, symmetric": (sd.Tilted, STEPS, True),
         "adapted": (sd.Adapted, STEPS, True),
         "adapted, doubled": (lambda m: sd.Adapted(m, scaled(covariance, False, 2.0)), STEPS, True),
@@ -135,11 +137,13 @@ def quantile(values: Tensor, weights: Tensor, level: float) -> Tensor:
 def run(prior_name: str, task: str, name: str, picture: int, n: int, b: int) -> dict[str, Any]:
     operator, sigma, basis = problem(task)
     base = sd.load_prior(prior_name, basis=basis)
-    prior = base.replace(num_steps=STEPS, grid=sd.KarrasGrid(), variance="full")
+    prior = base.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
     make, steps, many = methods(prior, task)[name]
     shown = prior
     if name == "tilted, symmetric":
         base = prior = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
+    if name == "tilted, Karras grid":
+        prior = prior.replace(grid=sd.KarrasGrid())
     x = shown.chain.sample(1, torch.Generator().manual_seed(1000 + picture))[0]
     clean = operator(x)
     y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2000 + picture))

@@ -1,9 +1,14 @@
-"""Train a small diffusion prior and save it as a diffusers pipeline folder.
+r"""Train a small diffusion prior and save it as a diffusers pipeline folder.
 
 The two priors that ship were made by
 
     python examples/train_prior.py wafer --out smcdiff/zoo/wafer64 --steps 8000 --seed 0
     python examples/train_prior.py FOLDER_OF_SEM_PICTURES --only 001-040 --out smcdiff/zoo/sem64 --steps 8000 --seed 0
+
+The same weights trained further, at noise levels even in log(sigma / alpha) (docs/adapted.md):
+
+    python examples/train_prior.py wafer --start smcdiff/zoo/wafer64 --out FOLDER --steps 6000 --seed 1 \
+        --learning-rate 5e-4 --log-share 1
 
 A run that was stopped goes on where its last checkpoint was written when the same command is given again.
 """
@@ -76,6 +81,7 @@ def main() -> None:
         "(PNG, TIFF)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to save the pipeline in")
+    parser.add_argument("--start", type=Path, help="folder of a pipeline of the same network to begin with")
     parser.add_argument("--only", help="train on this range of file names alone, such as 001-040")
     parser.add_argument("--images", type=int, default=20_000, help="number of synthetic pictures")
     parser.add_argument("--size", type=int, default=64, help="rows and columns of a training crop")
@@ -102,6 +108,8 @@ def main() -> None:
         frames = folder_frames(Path(arguments.data), arguments.only)
     factor = arguments.space_to_depth
     unet = small_unet(arguments.size // factor, factor**2, arguments.channels, arguments.attention)
+    if arguments.start:
+        unet = DDPMPipeline.from_pretrained(arguments.start).unet.train()
     scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, frames {tuple(frames.shape)}")
 

@@ -36,6 +36,7 @@ __all__ = [
     "LogGrid",
     "NoiseLevel",
     "Schedule",
+    "SinhGrid",
     "TabulatedSchedule",
     "TrailingGrid",
     "VESchedule",
@@ -304,6 +305,39 @@ class LogGrid:
         low, high = (math.log(schedule.level(t).ratio) for t in (schedule.t_min, schedule.t_max))
         logs = np.linspace(low, high, num_steps) if num_steps > 1 else np.array([high])
         return np.array([schedule.time(math.exp(log)) for log in logs])
+
+
+@dataclass(frozen=True)
+class SinhGrid:
+    """log(sigma / alpha) = log(center) + width sinh(u), u even between both ends; times between training steps.
+
+    Steps are closest to each other at ``center`` and grow in proportion to the distance from it. A step of the chain is
+    a Gaussian, and what it costs to take it for one is spent where p(x_0 given x_t) is not: on pictures whose values
+    are of the order of 1, where their layout is decided. The grid was made for that (docs/adapted.md).
+
+    Args:
+        center: sigma / alpha where steps are shortest, positive; on the scale of x_0.
+        width: over which log(sigma / alpha) they stay about as short, positive.
+
+    Raises:
+        ValueError: for a center or width that is not positive and finite.
+    """
+
+    center: float = 0.5
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.center < math.inf and 0 < self.width < math.inf):
+            raise ValueError(f"got center {self.center}, width {self.width}; expected positive finite numbers")
+
+    def times(self, schedule: Schedule, num_steps: int) -> NDArray[np.float64]:
+        middle = math.log(self.center)
+        low, high = (
+            math.asinh((math.log(schedule.level(t).ratio) - middle) / self.width)
+            for t in (schedule.t_min, schedule.t_max)
+        )
+        u = np.linspace(low, high, num_steps) if num_steps > 1 else np.array([high])
+        return np.array([schedule.time(math.exp(middle + self.width * math.sinh(one))) for one in u])
 
 
 def _rounded(schedule: Schedule, times: NDArray[np.float64], first: float = 0.0) -> NDArray[np.float64]:

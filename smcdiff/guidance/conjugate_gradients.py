@@ -136,16 +136,18 @@ class LinearSystem:
             right: sqrt(v) times the right-hand side, so that v may be 0.
         """
         scale, matrix = self._preconditioned(v)
-        b = scale * right
-        z, residual, direction = torch.zeros_like(b), b, b
-        norm = _squares(b)
+        residual = scale * right
+        z, direction, norm = torch.zeros_like(residual), residual.clone(), _squares(residual)
+        bound = 2 * self.settings.tolerance
         for _ in range(self.settings.max_iterations):
             image = matrix(direction)
             step = norm / _dot(direction, image).clamp(min=_TINY)
-            z, residual = z + step * direction, residual - step * image
+            z.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1)
             after = _squares(residual)
-            direction, norm = residual + after / norm.clamp(min=_TINY) * direction, after
-            if bool((0.5 * _squares(residual / scale) <= self.settings.tolerance).all()):
+            direction.mul_(after / norm.clamp(min=_TINY)).add_(residual)
+            norm = after
+            if bool((norm <= bound).all()) and bool((_squares(residual / scale) <= bound).all()):  # scale is at most 1
                 break
         white = scale * z
         return v.sqrt() * white, _dot(white, right).flatten()
@@ -203,11 +205,11 @@ class LinearSystem:
 
     def _preconditioned(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """S and S M S with M = I + C^(1/2) J C^(1/2) and S^2 = 1 / (1 + v j), which brings the spectrum near 1."""
-        root, scale = v.sqrt(), (1 + v * self._diagonal).rsqrt()
+        scale = (1 + v * self._diagonal).rsqrt()
+        square, outer = scale.square(), scale * v.sqrt()
 
         def apply(z: Tensor) -> Tensor:
-            w = scale * z
-            return scale * (w + root * self.information(root * w))
+            return torch.addcmul(square * z, outer, self.information(outer * z))
 
         return scale, apply
 
@@ -383,7 +385,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Of each particle, with the event's axes kept."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).reshape(-1, *(1,) * (a.ndim - 1))
 
 
 def _squares(a: Tensor) -> Tensor:

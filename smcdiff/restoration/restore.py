@@ -32,7 +32,7 @@ from smcdiff.diagnostics.verdict import Diagnostics, diagnose
 from smcdiff.diffusion.adapters.diffusers import SpaceToDepth
 from smcdiff.diffusion.denoiser import NetworkDenoiser
 from smcdiff.diffusion.prior import DiffusionPrior
-from smcdiff.diffusion.schedule import KarrasGrid, LogGrid
+from smcdiff.diffusion.schedule import LogGrid, SinhGrid
 from smcdiff.guidance.base import Method
 from smcdiff.guidance.tds import TDS
 from smcdiff.guidance.tilted import Tilted
@@ -224,7 +224,7 @@ def prepare(
     prior = load((1, canvas.rows, canvas.columns)).replace(num_steps=effort.steps)
     noise = acquisition.noise
     if prior.covariance is not None and acquisition.mask is None and not noise.width and not noise.shot:
-        prior = prior.replace(variance="full", grid=KarrasGrid())
+        prior = prior.replace(variance="full", grid=SinhGrid())
     else:  # the larger variance keeps the fine grain that the prior has learned; see benchmarks/sem_restoration.py
         prior = prior.replace(variance="fixed_large", grid=LogGrid())
     return Job(y, acquisition, prior, canvas, effort)

@@ -16,13 +16,14 @@ from smcdiff.diffusion.schedule import (
     LinspaceGrid,
     LogGrid,
     Schedule,
+    SinhGrid,
     TrailingGrid,
     VESchedule,
     VPSchedule,
 )
 
 SCHEDULES = [VPSchedule(), CosineSchedule(), VESchedule(0.01, 50.0), FlowSchedule(0.002, 0.99)]
-GRIDS = [LinspaceGrid(), LeadingGrid(), TrailingGrid(), KarrasGrid(), LogGrid()]
+GRIDS = [LinspaceGrid(), LeadingGrid(), TrailingGrid(), KarrasGrid(), LogGrid(), SinhGrid(), SinhGrid(20.0, 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,22 @@ def test_karras_and_log_are_even_in_their_own_units(schedule: Schedule) -> None:
         assert steps == pytest.approx(np.full(11, steps.mean()), rel=1e-8)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_sinh_gathers_its_steps(schedule: Schedule) -> None:
+    """asinh(log(ratio / center) / width) is even; so near the center a step is 1 / cosh of one far away."""
+    logs = np.log([level.ratio for level in schedule.levels(40, SinhGrid(2.0, 0.5))[1:]]) - math.log(2.0)
+    steps = np.diff(np.arcsinh(logs / 0.5))
+    assert steps == pytest.approx(np.full(39, steps.mean()), rel=1e-7)
+    lengths, middles = np.diff(logs), (logs[1:] + logs[:-1]) / 2
+    assert lengths == pytest.approx(steps.mean() * np.hypot(0.5, middles), rel=0.02)
+
+
+@pytest.mark.parametrize(("center", "width"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_sinh_refuses_what_is_not_positive(center: float, width: float) -> None:
+    with pytest.raises(ValueError, match="expected positive finite numbers"):
+        SinhGrid(center, width)
+
+
 def test_linspace_of_a_continuous_schedule_is_not_rounded() -> None:
     assert LinspaceGrid().times(FlowSchedule(0.1, 0.9), 3) == pytest.approx([0.1, 0.5, 0.9])
     assert TrailingGrid().times(FlowSchedule(0.1, 0.9), 3) == pytest.approx([0.3, 0.6, 0.9])
@@ -100,7 +117,7 @@ def test_default_grids() -> None:
 def test_wide_ranges_reach_their_own_ends() -> None:
     """The ends come back from logarithms and powers a rounding off, which must not count as outside."""
     for high in (80.0, 1348.0, 1e5, 1e7):
-        for grid in (KarrasGrid(), LogGrid()):
+        for grid in (KarrasGrid(), LogGrid(), SinhGrid(0.1, 3.0)):
             assert VESchedule(0.002, high).levels(20, grid)[-1].sigma == pytest.approx(high, rel=1e-12)
 
 
