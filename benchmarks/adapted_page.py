@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import adapted_memory
 import fields
+import full_chain
 import matplotlib.pyplot as plt
 import remedies
 from kept import Kept
@@ -35,6 +36,7 @@ def number(value: float | None, digits: int = 1) -> str:
 #: In the order of the table.
 METHODS = (
     "tilted",
+    "tilted, Karras grid",
     "tilted, symmetric",
     "adapted",
     "adapted, Free Hunch",
@@ -122,6 +124,7 @@ def main() -> None:
         "fields": fields.tables(fields_rows),
         "table": tables(rows),
         "memory": markdown([{"method": row["method"], "MB": f"{row['MB']:.0f}"} for row in memory]),
+        "chains": full_chain.report(json.loads(full_chain.RESULTS.read_text())["rows"]),
         "remedies": remedies.report(Kept(remedies.RESULTS, remedies.KEYS).rows),
     }
     fill(PAGE, "benchmarks/adapted_page.py", contents)

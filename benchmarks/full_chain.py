@@ -1,8 +1,9 @@
 """How close a coarse chain with the full covariance comes to the trained model.
 
-Unconditional draws of a shipped prior: the chain with ``variance="full"`` and, beside it, with ``variance="posterior"``
-and ``"fixed_large"``, at 10, 20 and 50 steps, each against as many draws of the 1000-step chain with the posterior
-variance. Distances between the two laws:
+Unconditional draws of a shipped prior: the chain with ``variance="full"`` on the noise levels of ``sd.SinhGrid`` and on
+those of ``sd.KarrasGrid``, and beside it on the latter with ``variance="posterior"`` and ``"fixed_large"``, at 10, 20
+and 50 steps, each against as many draws of the 1000-step chain with the posterior variance. Distances between the two
+laws:
 
     patches     sliced Wasserstein-1 distance of 8 x 8 patches, grey values on [-1, 1]
     spectrum    root mean square over 16 rings of frequency of the difference in log mean power
@@ -39,9 +40,17 @@ from smcdiff.transforms import dct
 
 RESULTS = Path(__file__).with_name("results") / "full_chain.json"
 SET, HALVES, RELABELLINGS, RINGS = 16, 20, 999, 16
-REFERENCE: tuple[Variance, int] = ("posterior", 1000)
-COARSE: tuple[Variance, ...] = ("full", "posterior", "fixed_large")
-CHAINS = [(variance, steps) for steps in (10, 20, 50) for variance in COARSE]
+Grid = sd.SinhGrid | sd.KarrasGrid | sd.LinspaceGrid
+#: {name of a chain: variance, grid}; the first one is the reference, with 1000 steps.
+LAWS: dict[str, tuple[Variance, Grid]] = {
+    "posterior, all steps": ("posterior", sd.LinspaceGrid()),
+    "full, SinhGrid": ("full", sd.SinhGrid()),
+    "full, KarrasGrid": ("full", sd.KarrasGrid()),
+    "posterior, KarrasGrid": ("posterior", sd.KarrasGrid()),
+    "fixed_large, KarrasGrid": ("fixed_large", sd.KarrasGrid()),
+}
+REFERENCE = ("posterior, all steps", 1000)
+CHAINS = [(law, steps) for steps in (10, 20, 50) for law in list(LAWS)[1:]]
 
 
 def patches(x: Tensor, size: int = 8) -> Tensor:
@@ -118,12 +127,12 @@ def compared(x: Tensor, reference: Tensor | None) -> dict[str, float]:
     }
 
 
-def draws(prior_name: str, variance: Variance, steps: int, number: int, keep: Path) -> tuple[Tensor, float]:
+def draws(prior_name: str, law: str, steps: int, number: int, keep: Path) -> tuple[Tensor, float]:
     """Draws of a chain, kept in sets, and processor seconds for each."""
-    grid = sd.LinspaceGrid() if steps == REFERENCE[1] else sd.KarrasGrid()
+    variance, grid = LAWS[law]
     parts, seconds = [], []
     for start in range(0, number, SET):
-        path = keep / f"{prior_name}_{variance}_{steps}_{start}.pt"
+        path = keep / f"{prior_name}_{law.replace(', ', '_').replace(' ', '_')}_{steps}_{start}.pt"
         if not path.is_file():
             prior = sd.load_prior(prior_name).replace(num_steps=steps, variance=variance, grid=grid)
             began = time.process_time()
@@ -145,20 +154,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.keep.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+    rows: list[dict[str, Any]] = [row for row in kept if row["prior"] not in arguments.priors]
     for prior in arguments.priors:
         coarse = {chain: draws(prior, *chain, arguments.draws, arguments.keep) for chain in CHAINS}
         reference, seconds = draws(prior, *REFERENCE, arguments.draws, arguments.keep)
-        found: dict[tuple[str, int], tuple[dict[str, float], float]] = {
-            ("posterior, two halves", REFERENCE[1]): (compared(reference, None), seconds)
-        }
+        found = {("two halves of the reference", REFERENCE[1]): (compared(reference, None), seconds)}
         found |= {chain: (compared(x, reference), taken) for chain, (x, taken) in coarse.items()}
         for (chain, steps), (distances, taken) in found.items():
             rows.append({"prior": prior, "chain": chain, "steps": steps, **distances, "seconds per draw": taken})
     result = {"machine": describe(), "draws": arguments.draws, "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(markdown([{key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]))
+    print(report(rows))
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    return markdown([{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """What else brings the weights of a whole picture nearer to each other: each remedy beside the run without it.
 
-On pictures drawn from ``wafer64`` under noise of 0.25 on all pixels, 30 steps, the picture and the measurement of
-adapted_networks.py:
+On the noise levels of ``sd.SinhGrid``, 30 steps; the last four on the picture of ``wafer64`` under noise of 0.25 on all
+pixels of adapted_networks.py, the first two on four pictures drawn from each prior, with 2 chains of 8 particles:
+
+    grid           sd.Tilted on the noise levels of three grids
+    training       sd.Tilted with the network that ships and with one trained further (--trained FOLDER, which
+                   examples/train_prior.py makes, see there), each alone and averaged over its symmetries
 
     symmetries     the network averaged over the eight symmetries of a square, in chain and proposal
     tempering      the widened twist of sd.TDS raised to exponents that a pilot run chooses (sd.tempered)
@@ -19,7 +23,7 @@ wrongly (0.7 of it), against the exact posterior. ``error`` there is the root me
 mean's error and ``deviation`` the mean ratio of deviations, both over the exact deviation; 0 and 1 are right, and the
 error of 64 exact draws is 0.125.
 
-    python benchmarks/remedies.py [--remedies local symmetries ...] [--report]
+    python benchmarks/remedies.py [--remedies local symmetries ...] [--trained FOLDER] [--report]
 
 A line of results/remedies.jsonl for each finished run; what is there is not run again.
 """
@@ -36,7 +40,7 @@ from typing import Any
 
 import pyro
 import torch
-from adapted_networks import STEPS, increments, log_w
+from adapted_networks import STEPS, increments, log_w, problem
 from kept import Kept
 from machine import describe
 from page import markdown
@@ -55,7 +59,7 @@ Row = dict[str, Any]
 
 def trained() -> sd.DiffusionPrior:
     prior: sd.DiffusionPrior = sd.load_prior("wafer64", basis="dct")
-    return prior.replace(num_steps=STEPS, grid=sd.KarrasGrid(), variance="full")
+    return prior.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
 
 
 def measured(prior: sd.DiffusionPrior) -> tuple[Tensor, Tensor]:
@@ -87,6 +91,43 @@ def weighed(method: Any, y: Tensor, x: Tensor, particles: int, chains: int) -> R
 
 def psnr(mean: Tensor, x: Tensor) -> float:
     return -10 * math.log10(float((mean - x).square().mean()) / 4)
+
+
+def tilted(prior: sd.DiffusionPrior, task: str, pictures: int = 4) -> Row:
+    """Means over pictures drawn from the prior."""
+    operator, sigma, _ = problem(task)
+    found = []
+    for picture in range(pictures):
+        x = prior.chain.sample(1, torch.Generator().manual_seed(100 + picture))[0]
+        clean = operator(x)
+        y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(picture))
+
+        def model(y: Tensor | None = None) -> None:
+            pyro.sample("y", sd.GaussianMeasurement(operator, pyro.sample("x", prior), sigma), obs=y)
+
+        found.append(weighed(sd.Tilted(model), y, x, 8, 2))
+    return {key: sum(row[key] for row in found) / pictures for key in found[0]}
+
+
+def grids() -> Iterator[tuple[str, Callable[[], Row]]]:
+    for name in ("wafer64", "sem64"):
+        for task in ("denoise", "deblur"):
+            prior = sd.load_prior(name, basis=problem(task)[2]).replace(num_steps=STEPS, variance="full")
+            for grid in (sd.KarrasGrid(), sd.LogGrid(), sd.SinhGrid()):
+                used = prior.replace(grid=grid)
+                yield f"{name}, {task}, {type(grid).__name__}", lambda p=used, t=task: tilted(p, t)
+
+
+def training(trained: Path | None) -> Iterator[tuple[str, Callable[[], Row]]]:
+    for name, folder in {"shipped": "wafer64", "trained further": trained}.items():
+        for task in ("denoise", "deblur") if folder else ():
+            shipped = sd.load_prior("wafer64", basis=problem(task)[2])
+            prior = shipped.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
+            if folder == trained:
+                prior = prior.replace(denoiser=sd.load_prior(str(folder)).chain.denoiser)
+            averaged = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
+            for kind, used in (("alone", prior), ("averaged", averaged)):
+                yield f"{task}, {name}, {kind}", lambda p=used, t=task: tilted(p, t)
 
 
 def symmetries() -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -246,7 +287,14 @@ def localised(
     return x, spread_out(log_weights.softmax(1)).to(x.dtype), total
 
 
-REMEDIES = {"symmetries": symmetries, "tempering": tempering, "Gibbs": gibbs, "local": local}
+REMEDIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Row]]]]] = {
+    "grid": grids,
+    "training": lambda: training(None),
+    "symmetries": symmetries,
+    "tempering": tempering,
+    "Gibbs": gibbs,
+    "local": local,
+}
 
 
 def report(rows: list[Row]) -> str:
@@ -268,12 +316,14 @@ def report(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--remedies", nargs="+", choices=list(REMEDIES), default=list(REMEDIES))
+    parser.add_argument("--trained", type=Path, help="folder of a wafer64 that was trained further")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     kept = Kept(RESULTS, KEYS)
     for remedy in () if arguments.report else arguments.remedies:
-        for case, run in REMEDIES[remedy]():
+        cases = training(arguments.trained) if remedy == "training" else REMEDIES[remedy]()
+        for case, run in cases:
             row: Row = {"remedy": remedy, "case": case}
             if row in kept:
                 continue

@@ -30,6 +30,9 @@ __all__ = ["Diagnostics", "Finding", "Verdict", "diagnose"]
 
 Verdict = Literal["good", "doubtful", "bad"]
 
+#: Up to so many chains are written one by one.
+_LISTED = 16
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -88,11 +91,11 @@ class Diagnostics:
         return self.findings[0].level if self.findings else "good"
 
     def __str__(self) -> str:
-        roots = "not recorded" if self.roots is None else " ".join(str(int(r)) for r in self.roots)
+        roots = "not recorded" if self.roots is None else _listed(self.roots, ".0f")
         lines = [
             f"verdict                     {self.verdict}",
             f"log-evidence                {self.log_evidence:.2f} {self._error()}",
-            f"log-evidence of each chain  {' '.join(f'{z:.1f}' for z in self.log_z.tolist())}",
+            f"log-evidence of each chain  {_listed(self.log_z, '.1f')}",
             f"spread over chains          {self.log_z_spread:.2f} nats",
             f"smallest ESS of a step      {self.min_ess:.1f}  (step {self.min_ess_step} of {len(self.ess) - 1})",
             f"ESS of all final particles  {self.pooled_ess:.1f}  (perplexity {self.perplexity:.1f})",
@@ -243,3 +246,11 @@ def _about_roots(n: int, roots: Tensor | None) -> list[Finding]:
             "paths.",
         )
     ]
+
+
+def _listed(values: Tensor, digits: str) -> str:
+    """One value of each chain, or their range where there are many."""
+    if len(values) <= _LISTED:
+        return " ".join(format(float(value), digits) for value in values)
+    low, middle, high = (format(float(values.double().quantile(q)), digits) for q in (0.0, 0.5, 1.0))
+    return f"{low} to {high}, median {middle}, {len(values)} chains"

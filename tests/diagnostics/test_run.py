@@ -72,6 +72,12 @@ def test_a_tempered_run_keeps_everything_but_the_weights():
     assert str(diagnose(flat)) == str(diagnose(run))  # judged by the exact ones
 
 
+def test_many_chains_are_written_as_their_range():
+    few, many = (str(diagnose(make_run(torch.zeros(b, 4), log_z=torch.arange(float(b))))) for b in (16, 301))
+    assert "of each chain  0.0 1.0 2.0" in few and "15.0\n" in few
+    assert "of each chain  0.0 to 300.0, median 150.0, 301 chains\n" in many
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"got log_z of shape \(3,\); expected \(2,\)"):
         make_run(torch.zeros(2, 4), log_z=torch.zeros(3))
