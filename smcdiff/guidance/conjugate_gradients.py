@@ -259,7 +259,7 @@ class _Part:
     """One site's share of J, with A = R_1 ... R_j V diag(a) V^T: what is diagonal in V costs no transform.
 
     Args:
-        diagonal: a, of the picture's dtype.
+        diagonal: a, of the picture's dtype, or 1.
         rest: R_1, ..., R_j.
         precision: Sigma^-1, elementwise.
     """
@@ -271,7 +271,7 @@ class _Part:
     @classmethod
     def of(cls, site: LinearSite, x: Tensor, basis: Basis) -> _Part:
         a, rest = diagonal_part(site.operator, x.double(), basis)
-        return cls(torch.ones_like(x) if a is None else a.to(x), rest, site.weight.square().to(x))
+        return cls(x.new_ones(()) if a is None else a.to(x), rest, site.weight.square().to(x))
 
     def information(self, c: Tensor, basis: Basis) -> Tensor:
         y = basis.from_spectral(self.diagonal * c)

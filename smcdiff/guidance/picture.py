@@ -6,7 +6,9 @@ all observed sites together. It is exact for Gaussian noise. Counts and noise th
 variance that the measurement itself foretells, which is the same for all particles and shows where to expand the law
 as it is (:mod:`smcdiff.guidance.information`).
 
-An affine measurement, such as that of the intensity (x + 1) / 2 of a picture on [-1, 1], has its offset taken to z.
+A site's scale multiplies Sigma^-1, and what its mask leaves out has no weight, both where they are the same for every
+picture. An affine measurement, such as that of the intensity (x + 1) / 2 of a picture on [-1, 1], has its offset taken
+to z.
 Laws that carry no operator, such as ``dist.Normal(blur(x), 0.1).to_event(3)``, are asked for their mean.
 """
 
@@ -93,16 +95,19 @@ class PictureMeasurement:
 def picture_measurement(program: Program) -> PictureMeasurement | None:
     """The program as one picture, linearly measured, or None where it is something else.
 
-    It is something else with other latents, held ones too, under a mask or scale, with a law other than the normal,
-    Poisson's and the mixed one, or with a mean that is not affine in the picture.
+    It is something else with other latents, held ones too, with a law other than the normal, Poisson's and the mixed
+    one, a mean that is not affine in the picture, or a mask or scale that depends on it.
     """
     (name, latent), *others = program.latents.items()
-    if others or not latent.is_diffusion or program.probe.weighted:
+    if others or not latent.is_diffusion:
         return None
     x = program.probe.values[name]
+    counts = _counts(program, name, x)
+    if counts is None:
+        return None
     sites, constant = [], 0.0
     for site, law in program.probe.laws.items():
-        found = _linear_site(program, name, site, law, x)
+        found = _linear_site(program, name, site, law, x, counts[site])
         if found is None:
             return None
         made, level = found
@@ -119,8 +124,26 @@ def innermost(law: Any) -> Any:
     return law
 
 
+def _counts(program: Program, latent: str, x: Tensor) -> dict[str, Tensor] | None:
+    """How often each value of each site counts, by scale and mask; None where that depends on the picture."""
+
+    def ones(site: str, law: Distribution, value: Tensor) -> Tensor:
+        return torch.ones(value.shape, dtype=torch.float64, device=value.device)
+
+    def at(state: Tensor) -> dict[str, Tensor]:
+        return {site: weigh(raw) for site, (raw, weigh) in program.scores({latent: state}, ones).items()}
+
+    found = at(x)
+    if program.probe.weighted:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        other = at(1e3 * noise.to(x))  # far out, so that any threshold is crossed
+        if not all(torch.equal(count, other[site]) for site, count in found.items()):
+            return None
+    return found
+
+
 def _linear_site(
-    program: Program, latent: str, site: str, law: Distribution, x: Tensor
+    program: Program, latent: str, site: str, law: Distribution, x: Tensor, count: Tensor
 ) -> tuple[LinearSite, float] | None:
     base, y = innermost(law), program.observed[site].double()
     measured = isinstance(base, GaussianMeasurement | PoissonMeasurement | MixedMeasurement)
@@ -136,8 +159,8 @@ def _linear_site(
     gain = base.gain.double() if isinstance(base, PoissonMeasurement) else 1.0
     background = base.background.double() if isinstance(base, PoissonMeasurement) else 0.0
     variance = foretold_variance(base, y).expand(y.shape)
-    weight = (gain * variance.rsqrt()).expand(y.shape)
-    constant = -0.5 * float((variance.log() + math.log(2 * math.pi)).sum())
+    weight = (gain * variance.rsqrt()).expand(y.shape) * count.sqrt()
+    constant = -0.5 * float((count * (variance.log() + math.log(2 * math.pi))).sum())
     even = bool((weight == weight.flatten()[0]).all())
     target = (y - background) / gain - offset
     return LinearSite(operator, operator.svd(x.double()), target, weight, even), constant

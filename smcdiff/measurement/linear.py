@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from smcdiff.measurement.checks import broadcasts, is_validating, require_finite
 from smcdiff.measurement.operators import SpectralOperator
 from smcdiff.measurement.svd import SVD, cut
-from smcdiff.transforms import identity
+from smcdiff.transforms import Basis, identity
 
 __all__ = ["Downsample", "Grey", "Identity", "Mask", "Matrix", "Select"]
 
@@ -34,6 +34,10 @@ class Identity(SpectralOperator):
 
     def svd(self, x: Tensor) -> SVD:
         return SVD(x.new_ones(()), identity, identity, identity, identity)
+
+    def eigenvalues(self, x: Tensor, basis: Basis) -> Tensor:
+        """1, in every basis."""
+        return x.new_ones(())
 
 
 @final

@@ -223,7 +223,7 @@ def prepare(
     canvas = acquisition.canvas(y.shape[1], y.shape[2], _block(trained))
     prior = load((1, canvas.rows, canvas.columns)).replace(num_steps=effort.steps)
     noise = acquisition.noise
-    if prior.covariance is not None and acquisition.mask is None and not noise.width and not noise.shot:
+    if prior.covariance is not None and not noise.width and not noise.shot:
         prior = prior.replace(variance="full", grid=SinhGrid())
     else:  # the larger variance keeps the fine grain that the prior has learned; see benchmarks/sem_restoration.py
         prior = prior.replace(variance="fixed_large", grid=LogGrid())

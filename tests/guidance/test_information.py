@@ -19,6 +19,7 @@ from smcdiff.guidance.conjugate_gradients import ConjugateGradients, IterativeMe
 from smcdiff.guidance.elementwise import DiagonalExpansion, DiagonalMeasurement
 from smcdiff.guidance.gauss_newton import FewMeasurements
 from smcdiff.guidance.information import Conditioning
+from smcdiff.guidance.picture import picture_measurement
 from smcdiff.guidance.program import Program
 from smcdiff.transforms import DCT, HARTLEY, PIXELS
 
@@ -367,3 +368,55 @@ def test_what_cannot_be_conditioned_on_is_refused() -> None:
         TypeError, match=r"got \d+ measured values of \['x'\].*more than 5.*max_measurements=\d+.*sd.TDS"
     ):
         Conditioning(5, 1, ConjugateGradients()).information(program, mean, {}, full, lambda: y)
+
+
+def masked(mask: Tensor, sigma: Any, scale: float = 1.0) -> Callable[..., Any]:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", PRIOR)
+        with pyro.poutine.mask(mask=mask), pyro.poutine.scale(scale=scale):
+            pyro.sample("y", sd.GaussianMeasurement(sd.Identity(), x, sigma, event_dim=0), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("covariance", [diagonal(DCT, True), diagonal(PIXELS)], ids=["cosines", "pixels"])
+def test_a_mask_leaves_out_what_a_selection_leaves_out(covariance: Callable[[int], Covariance]) -> None:
+    """And what is left out may hold any number."""
+    m, y = 3, random(*EVENT, seed=7)
+    kept = SEEN.expand(EVENT)
+    how, c, mean = Conditioning(0, 1, ConjugateGradients(tolerance=1e-18)), covariance(m), {"x": random(m, *EVENT)}
+    selection = model_of(lambda x: GAUSS(SELECT, x, UNEVEN[SEEN]))
+    found = []
+    for model, data in ((masked(kept, UNEVEN), torch.where(kept, y, 1e3)), (selection, [SELECT(y)])):
+        information = how.information(Program(model, (data,)), mean, {}, {"x": c}, lambda: c.variance)  # type: ignore[attr-defined]
+        found.append(information.condition(mean, {"x": c}))
+    torch.testing.assert_close(found[0].log_integral(), found[1].log_integral(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[0].mean()["x"], found[1].mean()["x"], rtol=1e-8, atol=1e-8)
+
+
+def test_a_scale_of_two_counts_a_measurement_twice() -> None:
+    m, y = 3, random(*EVENT, seed=7)
+    c, mean = diagonal(DCT)(m), {"x": random(m, *EVENT)}
+    twice = model_of(*[lambda x: GAUSS(sd.Identity(), x, 0.3)] * 2)
+    found = []
+    for model, data in ((masked(torch.ones(EVENT, dtype=torch.bool), 0.3, 2.0), y), (twice, [y, y])):
+        information = Conditioning(0, 1, ConjugateGradients()).information(
+            Program(model, (data,)),
+            mean,
+            {},
+            {"x": c},
+            lambda: c.variance,  # type: ignore[attr-defined]
+        )
+        assert isinstance(information, DiagonalMeasurement)
+        found.append(information.condition(mean, {"x": c}))
+    torch.testing.assert_close(found[0].log_integral(), found[1].log_integral(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found[0].mean()["x"], found[1].mean()["x"], rtol=1e-11, atol=1e-11)
+
+
+def test_a_mask_that_depends_on_the_picture_is_not_taken_for_a_fixed_one() -> None:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", PRIOR)
+        with pyro.poutine.mask(mask=x > 0):
+            pyro.sample("y", sd.GaussianMeasurement(sd.Identity(), x, 0.3, event_dim=0), obs=y)
+
+    assert picture_measurement(Program(model, (random(*EVENT),))) is None
