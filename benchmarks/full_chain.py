@@ -162,15 +162,17 @@ def main() -> None:
         found = {("two halves of the reference", REFERENCE[1]): (compared(reference, None), seconds)}
         found |= {chain: (compared(x, reference), taken) for chain, (x, taken) in coarse.items()}
         for (chain, steps), (distances, taken) in found.items():
-            rows.append({"prior": prior, "chain": chain, "steps": steps, **distances, "seconds per draw": taken})
-    result = {"machine": describe(), "draws": arguments.draws, "rows": rows}
+            row = {"prior": prior, "chain": chain, "steps": steps, "draws": arguments.draws, **distances}
+            rows.append({**row, "seconds per draw": taken, "machine": describe()})
+    result = {"rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(report(rows))
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    return markdown([{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows])
+    shown = [{key: value for key, value in row.items() if key != "machine"} for row in rows]
+    return markdown([{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in shown])
 
 
 if __name__ == "__main__":

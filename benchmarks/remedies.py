@@ -1,7 +1,8 @@
 """What else brings the weights of a whole picture nearer to each other: each remedy beside the run without it.
 
 On the noise levels of ``sd.SinhGrid``, 30 steps; the last four on the picture of ``wafer64`` under noise of 0.25 on all
-pixels of adapted_networks.py, the first two on four pictures drawn from each prior, with 2 chains of 8 particles:
+pixels of adapted_networks.py, the first two on four pictures drawn by each chain from its own law, with 2 chains of 8
+particles:
 
     grid           sd.Tilted on the noise levels of three grids
     training       sd.Tilted with the network that ships and with one trained further (--trained FOLDER, which
@@ -119,12 +120,13 @@ def grids() -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def training(trained: Path | None) -> Iterator[tuple[str, Callable[[], Row]]]:
-    for name, folder in {"shipped": "wafer64", "trained further": trained}.items():
-        for task in ("denoise", "deblur") if folder else ():
-            shipped = sd.load_prior("wafer64", basis=problem(task)[2])
-            prior = shipped.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
-            if folder == trained:
-                prior = prior.replace(denoiser=sd.load_prior(str(folder)).chain.denoiser)
+    for task in ("denoise", "deblur"):
+        shipped = sd.load_prior("wafer64", basis=problem(task)[2])
+        shipped = shipped.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
+        priors = {"shipped": shipped}
+        if trained:
+            priors["trained further"] = shipped.replace(denoiser=sd.load_prior(str(trained)).chain.denoiser)
+        for name, prior in priors.items():
             averaged = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
             for kind, used in (("alone", prior), ("averaged", averaged)):
                 yield f"{task}, {name}, {kind}", lambda p=used, t=task: tilted(p, t)
@@ -287,13 +289,13 @@ def localised(
     return x, spread_out(log_weights.softmax(1)).to(x.dtype), total
 
 
-REMEDIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Row]]]]] = {
-    "grid": grids,
-    "training": lambda: training(None),
-    "symmetries": symmetries,
-    "tempering": tempering,
-    "Gibbs": gibbs,
-    "local": local,
+REMEDIES: dict[str, Callable[[Path | None], Iterator[tuple[str, Callable[[], Row]]]]] = {
+    "grid": lambda _: grids(),
+    "training": training,
+    "symmetries": lambda _: symmetries(),
+    "tempering": lambda _: tempering(),
+    "Gibbs": lambda _: gibbs(),
+    "local": lambda _: local(),
 }
 
 
@@ -322,8 +324,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = Kept(RESULTS, KEYS)
     for remedy in () if arguments.report else arguments.remedies:
-        cases = training(arguments.trained) if remedy == "training" else REMEDIES[remedy]()
-        for case, run in cases:
+        for case, run in REMEDIES[remedy](arguments.trained):
             row: Row = {"remedy": remedy, "case": case}
             if row in kept:
                 continue

@@ -108,8 +108,8 @@ def main() -> None:
         frames = folder_frames(Path(arguments.data), arguments.only)
     factor = arguments.space_to_depth
     unet = small_unet(arguments.size // factor, factor**2, arguments.channels, arguments.attention)
-    if arguments.start:
-        unet = DDPMPipeline.from_pretrained(arguments.start).unet.train()
+    if arguments.start:  # refuses weights of another network
+        unet.load_state_dict(DDPMPipeline.from_pretrained(arguments.start).unet.state_dict())
     scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type="v_prediction", clip_sample=False)
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, frames {tuple(frames.shape)}")
 

@@ -252,5 +252,5 @@ def _listed(values: Tensor, digits: str) -> str:
     """One value of each chain, or their range where there are many."""
     if len(values) <= _LISTED:
         return " ".join(format(float(value), digits) for value in values)
-    low, middle, high = (format(float(values.double().quantile(q)), digits) for q in (0.0, 0.5, 1.0))
+    low, middle, high = (format(float(value), digits) for value in (values.amin(), values.median(), values.amax()))
     return f"{low} to {high}, median {middle}, {len(values)} chains"

@@ -311,9 +311,9 @@ class LogGrid:
 class SinhGrid:
     """log(sigma / alpha) = log(center) + width sinh(u), u even between both ends; times between training steps.
 
-    Steps are closest to each other at ``center`` and grow in proportion to the distance from it. A step of the chain is
-    a Gaussian, and what it costs to take it for one is spent where p(x_0 given x_t) is not: on pictures whose values
-    are of the order of 1, where their layout is decided. The grid was made for that (docs/adapted.md).
+    Up to ``width`` from ``center`` steps are about even in log(sigma / alpha), and beyond it they grow with the
+    distance. A step of the chain is Gaussian; its error is largest where p(x_0 given x_t) is not, which on pictures of
+    values of the order of 1 is where their layout is decided.
 
     Args:
         center: sigma / alpha where steps are shortest, positive; on the scale of x_0.

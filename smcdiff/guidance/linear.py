@@ -56,8 +56,9 @@ class LinearMeasurement:
         if svd is None:
             raise TypeError(
                 f"{who} needs the singular value decomposition of the operator and {type(self.operator).__name__} has "
-                "none that is fast; use a blur with circular padding, one operator in place of a composition, "
-                "sd.Matrix for a small problem, or sd.Adapted or sd.TDS, which need only the transpose"
+                "none that is fast; use a blur with circular padding, or with reflection and a symmetric kernel, one "
+                "operator in place of a composition, sd.Matrix for a small problem, or sd.Adapted or sd.TDS, which "
+                "need only the transpose"
             )
         return svd
 

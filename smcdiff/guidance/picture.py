@@ -135,10 +135,10 @@ def _counts(program: Program, latent: str, x: Tensor) -> dict[str, Tensor] | Non
 
     found = at(x)
     if program.probe.weighted:
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        other = at(1e3 * noise.to(x))  # far out, so that any threshold is crossed
-        if not all(torch.equal(count, other[site]) for site, count in found.items()):
-            return None
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
+        for other in (at(1e3 * noise), at(-1e3 * noise)):  # far out, to both sides of any threshold on a pixel
+            if not all(torch.equal(count, other[site]) for site, count in found.items()):
+                return None
     return found
 
 

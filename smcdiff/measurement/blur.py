@@ -99,7 +99,8 @@ class Blur(SpectralOperator):
 
     def svd(self, x: Tensor) -> SVD | None:
         """For circular padding, in Hartley coordinates; for reflection and a kernel symmetric in both directions, in
-        those of the cosine transform; None elsewhere."""
+        those of the cosine transform; None elsewhere. The derivatives of the latter in the kernel are those within
+        symmetric kernels."""
         if isinstance(self.padding, Circular):
             return self._circular_svd(x)
         h = self.eigenvalues(x, DCT)
@@ -111,16 +112,18 @@ class Blur(SpectralOperator):
 
     def eigenvalues(self, x: Tensor, basis: Basis) -> Tensor | None:
         """The transfer function: for kernels symmetric about their centre with circular padding in Hartley coordinates,
-        for those symmetric in both directions with reflection in those of the cosine transform."""
-        rows, columns = self._size(x)
+        for those symmetric in both directions with reflection in those of the cosine transform; None elsewhere."""
         mirrors: tuple[tuple[int, ...], ...]
         if isinstance(self.padding, Circular) and same_basis(basis, HARTLEY):
-            kernel, mirrors = self._rolled(rows, columns, x.dtype), ((-2, -1),)
+            times, mirrors = 1, ((-2, -1),)
         elif isinstance(self.padding, Reflective) and same_basis(basis, DCT):
-            kernel, mirrors = self._rolled(2 * rows, 2 * columns, x.dtype), ((-2,), (-1,))
+            times, mirrors = 2, ((-2,), (-1,))
         else:
             return None
-        if not all(_is_even(kernel, dims) for dims in mirrors):
+        rows, columns = self._size(x)
+        kernel = self._rolled(times * rows, times * columns, x.dtype)
+        eps = max(torch.finfo(dtype).eps for dtype in (self.kernel.dtype, x.dtype))
+        if not all(_is_even(kernel, dims, eps) for dims in mirrors):
             return None
         return torch.fft.fft2(kernel).real[..., :rows, :columns]
 
@@ -186,10 +189,12 @@ def _folded(x: Tensor) -> Tensor:
     return high[..., :columns] + high[..., columns:].flip(-1)
 
 
-def _is_even(rolled: Tensor, dims: tuple[int, ...]) -> bool:
-    """Whether a kernel with its centre at [0, 0] is its own mirror image; False where its values cannot be read."""
+def _is_even(rolled: Tensor, dims: tuple[int, ...], eps: float) -> bool:
+    """Whether each kernel with its centre at [0, 0] is its own mirror image, up to a few roundings of its largest
+    value; False where values cannot be read, as under ``torch.func.vmap``."""
     mirror = rolled.flip(dims).roll((1,) * len(dims), dims)
+    even = (rolled - mirror).abs() <= 8 * eps * rolled.abs().amax((-2, -1), keepdim=True)
     try:
-        return bool(((rolled - mirror).abs() <= 8 * torch.finfo(rolled.dtype).eps * rolled.abs().amax()).all())
-    except RuntimeError:  # under torch.func.vmap
+        return bool(even.all())
+    except RuntimeError:
         return False

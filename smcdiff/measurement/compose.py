@@ -56,6 +56,8 @@ def diagonal_part(
 ) -> tuple[Tensor | None, tuple[LinearOperator, ...]]:
     """a and operators R_1, ..., R_j with A = R_1 ... R_j V diag(a) V^T, as much of A as is known in a; None for a = 1.
 
+    Taken off are operators of a composition, from the last one on; compositions within it are not opened.
+
     Args:
         x: an event; its shape, dtype and device count, its values do not.
     """

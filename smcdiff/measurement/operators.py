@@ -107,8 +107,8 @@ def lacks(operator: LinearOperator, what: str) -> TypeError:
     """The error of an operator that lacks something, with what to use instead."""
     return TypeError(
         f"{type(operator).__name__} has no {what} that can be computed exactly and fast; use a blur with circular "
-        "padding, one operator in place of a composition, Matrix for a small problem, or a method that needs only the "
-        "transpose"
+        "padding, or with reflection and a kernel symmetric in both directions whose values can be read, one operator "
+        "in place of a composition, Matrix for a small problem, or a method that needs only the transpose"
     )
 
 

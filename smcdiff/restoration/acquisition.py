@@ -183,7 +183,8 @@ def sharp(noise: Noise) -> Acquisition:
 def blurred(noise: Noise, psf_sigma: float) -> Acquisition:
     """y = k * x + noise, with k a Gaussian of standard deviation ``psf_sigma`` pixels.
 
-    The margin keeps the window clear of what the padding makes up. Reflection has the basis of the cosines.
+    The margin keeps the window clear of what the padding makes up. With reflection the blur is diagonal in the cosines,
+    as the prior's covariance is.
     """
     kernel = gaussian_psf(psf_sigma)
     return Acquisition(noise, Blur(kernel, Reflective()), margin=len(kernel) // 2)

@@ -1,12 +1,12 @@
 r"""Restoration of a picture: the posterior of the scene given a picture of it, from many short particle filters.
 
 The scene x has a diffusion prior, the picture is y = window(A(x)) + noise, and the posterior comes from b independent
-chains of n particles. Where all pixels were measured, the noise is Gaussian with a known level and the prior knows its
-covariance of x_0 given x_t, as those that ship do, they move by the tilted denoiser, :class:`smcdiff.Tilted`; otherwise
-by twisted diffusion sampling with the widened twist, which did better there on real pictures. With thousands of
-measured pixels the exact weights of so few particles collapse onto one of them. They are reported, and the pictures are
-made from weights raised to the largest exponent that keeps half of the particles effective. Such pictures are close to
-what the guided chains propose; the exponent says how close (1: the weights as they are, near 0: hardly weighted at
+chains of n particles. Where the noise is Gaussian with a known level and the prior knows its covariance of x_0 given
+x_t, as those that ship do, they move by the tilted denoiser, :class:`smcdiff.Tilted`, pixels missing or not;
+otherwise by twisted diffusion sampling with the widened twist, which did better there on real pictures. With thousands
+of measured pixels the exact weights of so few particles collapse onto one of them. They are reported, and the pictures
+are made from weights raised to the largest exponent that keeps half of the particles effective. Such pictures are close
+to what the guided chains propose; the exponent says how close (1: the weights as they are, near 0: hardly weighted at
 all).
 
 References:

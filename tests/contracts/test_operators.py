@@ -89,6 +89,10 @@ ROWS: dict[str, tuple[Callable[[], LinearOperator], tuple[int, ...]]] = {
     "reflected blur": (lambda: Blur(normal(3, 4), Reflective()), (2, 5, 4)),
     "reflected blur with a symmetric kernel": (lambda: Blur(symmetric(5, 3), Reflective()), (2, 6, 4)),
     "reflected blur with zeros": (lambda: Blur(torch.ones(3, 1, dtype=torch.float64), Reflective()), (1, 6, 4)),
+    "reflected blur with zeros but for rounding": (
+        lambda: Blur(torch.ones(5, 5, dtype=torch.float64) / 25, Reflective()),
+        (1, 10, 10),
+    ),
     "one symmetric kernel per sample": (
         lambda: Blur(torch.stack([symmetric(3, 3), symmetric(3, 3).square()]), Reflective()),
         (2, 1, 4, 5),

@@ -73,9 +73,12 @@ def test_a_tempered_run_keeps_everything_but_the_weights():
 
 
 def test_many_chains_are_written_as_their_range():
-    few, many = (str(diagnose(make_run(torch.zeros(b, 4), log_z=torch.arange(float(b))))) for b in (16, 301))
+    few, more, many = (str(diagnose(make_run(torch.zeros(b, 4), log_z=torch.arange(float(b))))) for b in (16, 17, 301))
     assert "of each chain  0.0 1.0 2.0" in few and "15.0\n" in few
+    assert "of each chain  0.0 to 16.0, median 8.0, 17 chains\n" in more
     assert "of each chain  0.0 to 300.0, median 150.0, 301 chains\n" in many
+    lost = torch.arange(20.0).index_fill(0, torch.tensor([3]), -math.inf)
+    assert "-inf to 19.0" in str(diagnose(make_run(torch.zeros(20, 4), log_z=lost)))
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -88,12 +88,16 @@ def test_karras_and_log_are_even_in_their_own_units(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 def test_sinh_gathers_its_steps(schedule: Schedule) -> None:
-    """asinh(log(ratio / center) / width) is even; so near the center a step is 1 / cosh of one far away."""
+    """asinh(log(ratio / center) / width) is even; so a step is du sqrt(width^2 + distance^2)."""
     logs = np.log([level.ratio for level in schedule.levels(40, SinhGrid(2.0, 0.5))[1:]]) - math.log(2.0)
     steps = np.diff(np.arcsinh(logs / 0.5))
     assert steps == pytest.approx(np.full(39, steps.mean()), rel=1e-7)
     lengths, middles = np.diff(logs), (logs[1:] + logs[:-1]) / 2
     assert lengths == pytest.approx(steps.mean() * np.hypot(0.5, middles), rel=0.02)
+
+
+def test_sinh_gathers_about_a_half_unless_told_otherwise() -> None:
+    assert SinhGrid() == SinhGrid(center=0.5, width=1.0)
 
 
 @pytest.mark.parametrize(("center", "width"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.inf)])

@@ -413,10 +413,20 @@ def test_a_scale_of_two_counts_a_measurement_twice() -> None:
     torch.testing.assert_close(found[0].mean()["x"], found[1].mean()["x"], rtol=1e-11, atol=1e-11)
 
 
-def test_a_mask_that_depends_on_the_picture_is_not_taken_for_a_fixed_one() -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x: x > 0,
+        lambda x: (x[..., 0, 0] > 0)[..., None, None].expand(x.shape),
+        lambda x: (x[..., 0, 0] < 0)[..., None, None].expand(x.shape),
+        lambda x: (x.sum() > -1).expand(x.shape),
+    ],
+    ids=["each pixel", "one pixel above", "one pixel below", "the sum"],
+)
+def test_a_mask_that_depends_on_the_picture_is_not_taken_for_a_fixed_one(mask: Callable[[Tensor], Tensor]) -> None:
     def model(y: Tensor) -> None:
         x = pyro.sample("x", PRIOR)
-        with pyro.poutine.mask(mask=x > 0):
+        with pyro.poutine.mask(mask=mask(x)):
             pyro.sample("y", sd.GaussianMeasurement(sd.Identity(), x, 0.3, event_dim=0), obs=y)
 
     assert picture_measurement(Program(model, (random(*EVENT),))) is None

@@ -163,12 +163,25 @@ def test_eigenvalues_are_those_of_the_written_out_matrix(padding: Padding, basis
         (Circular(), DCT, torch.ones(3, 3)),
         (Circular(), HARTLEY, torch.tensor([[1.0, 2.0, 3.0]])),
         (Reflective(), DCT, normal(3, 3).float() + normal(3, 3).float().flip((0, 1))),  # its mirror images differ
+        (Reflective(), DCT, torch.tensor([[1.0, 2.0, 3.0]])),
+        (Reflective(), DCT, torch.tensor([[1.0], [2.0], [3.0]])),
         (Reflective(), DCT, torch.ones(2, 3)),  # an even number of rows has no middle
     ],
-    ids=["zeros", "another basis", "circular cosines", "lopsided", "turned", "even"],
+    ids=["zeros", "another basis", "circular cosines", "lopsided", "turned", "along columns", "along rows", "even"],
 )
 def test_no_eigenvalues_where_the_basis_does_not_fit(padding: Padding, basis: Basis, kernel: Tensor) -> None:
     assert Blur(kernel, padding).eigenvalues(torch.zeros(6, 7), basis) is None
+
+
+def test_evenness_is_judged_kernel_by_kernel_and_by_their_own_precision() -> None:
+    x = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
+    even, odd = torch.ones(3, 3, dtype=torch.float64), torch.tensor([[0, 0, 0], [0, 1, 1], [0, 0, 0]]).double()
+    assert Blur(torch.stack([1e16 * even, odd]), Reflective()).svd(x) is None
+    assert Blur(torch.stack([1e16 * even, even]), Reflective()).svd(x) is not None
+    rounded = 1e6 * even.float()
+    rounded[0] *= 1 + 1e-7  # even in float32, whatever the picture's dtype
+    assert Blur(rounded, Reflective()).svd(x) is not None
+    assert Blur(rounded.double(), Reflective()).svd(x) is None
 
 
 def test_under_vmap_a_kernel_is_taken_for_lopsided() -> None:

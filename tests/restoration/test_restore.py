@@ -148,7 +148,7 @@ def test_canvas_holds_the_picture_and_its_margin(rows, block, margin, factor):
 
 def test_a_blur_does_not_wrap_into_the_window():
     acquisition = blurred(Noise(1.0), 1.2)
-    canvas = acquisition.canvas(6, 6, 8)
+    canvas = acquisition.canvas(6, 6, 1)  # without a pixel to spare
     view = matrix(lambda x: canvas.window.of(acquisition.operator(x)), (1, canvas.rows, canvas.columns))
     places = torch.arange(canvas.rows * canvas.columns).reshape(canvas.rows, canvas.columns)
     kernel = gaussian_psf(1.2).double()
@@ -170,6 +170,44 @@ def test_a_blur_is_diagonal_where_restorations_have_their_covariance():
     view = sd.Compose(Window(canvas.window, (canvas.rows, canvas.columns)), acquisition.operator)
     a, rest = diagonal_part(view, torch.zeros(1, canvas.rows, canvas.columns), DCT)
     assert a is not None and [type(operator) for operator in rest] == [Window]
+
+
+@pytest.mark.parametrize(
+    ("acquisition", "tilted"),
+    [
+        (sharp(Noise(0.1)), True),
+        (blurred(Noise(0.1), 1.0), True),
+        (masked(Noise(0.1), torch.ones(1, 8, 8)), True),
+        (sharp(Noise(0.1, width=0.3)), False),
+        (sharp(Noise(0.1, shot=True)), False),
+    ],
+    ids=["sharp", "blurred", "masked", "unknown noise", "shot noise"],
+)
+def test_what_restores_which_picture(acquisition, tilted):
+    y = torch.zeros(1, 8, 8)
+    chain = prepare(y, acquisition, lambda shape: sd.load_prior("wafer64", event_shape=shape)).prior.chain
+    assert (chain.variance, chain.grid) == (("full", sd.SinhGrid()) if tilted else ("fixed_large", sd.LogGrid()))
+
+
+def test_missing_pixels_do_not_move_a_restoration():
+    """The tilted denoiser under a mask, against the same with other numbers where nothing was measured."""
+    seen = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    y = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+
+    def smooth(shape):
+        spectrum = 1 / (1 + torch.arange(36, dtype=torch.float64)).reshape(1, 6, 6)
+        return sd.DiffusionPrior(
+            sd.GaussianFieldDenoiser(torch.zeros_like(spectrum), spectrum, DCT), sd.VPSchedule(), num_steps=5
+        )
+
+    def restored(y):
+        job = prepare(y, masked(Noise(0.3), seen.float()), smooth, Effort(4, 3, 6))
+        assert job.prior.chain.variance == "full"
+        return job.run(progress=False)
+
+    one, other = restored(y), restored(torch.where(seen, y, 50.0))
+    torch.testing.assert_close(one.run.values["x"], other.run.values["x"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.run.log_z, other.run.log_z, rtol=1e-6, atol=1e-6)
 
 
 def test_adjoints():
