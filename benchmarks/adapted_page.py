@@ -120,12 +120,14 @@ def main() -> None:
     rows.sort(key=lambda row: (row["picture"], row["prior"], row["task"], METHODS.index(row["method"])))
     fields_rows = [json.loads(line) for line in fields.RESULTS.read_text().splitlines()]
     memory = json.loads(adapted_memory.RESULTS.read_text())["rows"]
+    tried = Kept(remedies.RESULTS, remedies.KEYS).rows
     contents = {
         "fields": fields.tables(fields_rows),
         "table": tables(rows),
         "memory": markdown([{"method": row["method"], "MB": f"{row['MB']:.0f}"} for row in memory]),
         "chains": full_chain.report(json.loads(full_chain.RESULTS.read_text())["rows"]),
-        "remedies": remedies.report(Kept(remedies.RESULTS, remedies.KEYS).rows),
+        "grid": remedies.report(tried, ["grid"]),
+        "remedies": remedies.report(tried, [name for name in remedies.REMEDIES if name != "grid"]),
     }
     fill(PAGE, "benchmarks/adapted_page.py", contents)
     figure(rows)

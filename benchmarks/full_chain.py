@@ -10,6 +10,9 @@ laws:
     pictures    energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| of pictures, unbiased, |.| the root mean square
     bands       the same of the logarithms of each picture's powers in the rings, every ring scaled to variance 1
 
+Pictures that the prior was trained on are held against the same draws: for wafer64 from its generator, for sem64 crops
+of the frames 001 to 040 of the folder ``--sem``, where it is given; ``spectrum to data`` is each chain's to them.
+
 The first two are means over random halves, of the coarse draws and of the 1000-step draws; the floor is what two
 disjoint halves of the 1000-step draws have between them. Beside the energy distances stands p, the share of 999 random
 relabellings of the draws that have one as large: below 0.01 the two laws differ visibly with that many draws. The
@@ -29,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from machine import describe
 from page import markdown
@@ -36,7 +40,10 @@ from torch import Tensor
 
 import smcdiff as sd
 from smcdiff.diffusion.kernels import Variance
+from smcdiff.restoration.images import read_image
+from smcdiff.training import random_crops
 from smcdiff.transforms import dct
+from smcdiff.zoo.wafer import Wafer
 
 RESULTS = Path(__file__).with_name("results") / "full_chain.json"
 SET, HALVES, RELABELLINGS, RINGS = 16, 20, 999, 16
@@ -145,11 +152,24 @@ def draws(prior_name: str, law: str, steps: int, number: int, keep: Path) -> tup
     return torch.cat(parts)[:number], sum(seconds) / len(seconds)
 
 
+def trained_on(prior_name: str, number: int, sem: Path | None) -> Tensor | None:
+    """Pictures of a prior's training data, turned and mirrored as there."""
+    generator = torch.Generator().manual_seed(1)
+    if prior_name == "wafer64":
+        frames = torch.from_numpy(Wafer(defect_rate=0.03).draw_images(np.random.default_rng(1), number))
+    elif prior_name == "sem64" and sem:
+        frames = torch.stack([read_image(sem / f"{name:03d}.png") for name in range(1, 41)])
+    else:
+        return None
+    return random_crops(frames.float(), number, 64, generator)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("priors", nargs="*", default=["wafer64", "sem64"])
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "full_chain_draws")
+    parser.add_argument("--sem", type=Path, help="folder of the high-dose SEM frames")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -159,11 +179,15 @@ def main() -> None:
     for prior in arguments.priors:
         coarse = {chain: draws(prior, *chain, arguments.draws, arguments.keep) for chain in CHAINS}
         reference, seconds = draws(prior, *REFERENCE, arguments.draws, arguments.keep)
-        found = {("two halves of the reference", REFERENCE[1]): (compared(reference, None), seconds)}
-        found |= {chain: (compared(x, reference), taken) for chain, (x, taken) in coarse.items()}
-        for (chain, steps), (distances, taken) in found.items():
+        data = trained_on(prior, arguments.draws, arguments.sem)
+        laws = {("two halves of the reference", REFERENCE[1]): (reference, seconds), **coarse}
+        if data is not None:
+            laws[("pictures of its training data", 0)] = (data, 0.0)
+        for (chain, steps), (x, taken) in laws.items():
+            distances: dict[str, Any] = compared(x, None if x is reference else reference)
+            of_data = None if data is None or x is data else halves(x, data)[1]
             row = {"prior": prior, "chain": chain, "steps": steps, "draws": arguments.draws, **distances}
-            rows.append({**row, "seconds per draw": taken, "machine": describe()})
+            rows.append({**row, "spectrum to data": of_data, "seconds per draw": taken, "machine": describe()})
     result = {"rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
@@ -171,8 +195,13 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    shown = [{key: value for key, value in row.items() if key != "machine"} for row in rows]
-    return markdown([{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in shown])
+    return markdown([{key: _shown(value) for key, value in row.items() if key != "machine"} for row in rows])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What else brings the weights of a whole picture nearer to each other: each remedy beside the run without it.
 
 On the noise levels of ``sd.SinhGrid``, 30 steps; the last four on the picture of ``wafer64`` under noise of 0.25 on all
-pixels of adapted_networks.py, the first two on four pictures drawn by each chain from its own law, with 2 chains of 8
+pixels of adapted_networks.py, the first three on four pictures drawn by each chain from its own law, with 2 chains of 8
 particles:
 
     grid           sd.Tilted on the noise levels of three grids
+    size           the same on pictures of 32 x 32, with the network alone and averaged over its symmetries
     training       sd.Tilted with the network that ships and with one trained further (--trained FOLDER, which
                    examples/train_prior.py makes, see there), each alone and averaged over its symmetries
 
@@ -35,7 +36,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,16 @@ def grids() -> Iterator[tuple[str, Callable[[], Row]]]:
             for grid in (sd.KarrasGrid(), sd.LogGrid(), sd.SinhGrid()):
                 used = prior.replace(grid=grid)
                 yield f"{name}, {task}, {type(grid).__name__}", lambda p=used, t=task: tilted(p, t)
+
+
+def sizes() -> Iterator[tuple[str, Callable[[], Row]]]:
+    for name in ("wafer64", "sem64"):
+        for task in ("denoise", "deblur"):
+            prior = sd.load_prior(name, event_shape=(1, 32, 32), basis=problem(task)[2])
+            prior = prior.replace(num_steps=STEPS, grid=sd.SinhGrid(), variance="full")
+            averaged = prior.replace(denoiser=sd.SymmetricDenoiser(prior.chain.denoiser))
+            for kind, used in (("alone", prior), ("averaged", averaged)):
+                yield f"{name}, {task}, 32 x 32, {kind}", lambda p=used, t=task: tilted(p, t)
 
 
 def training(trained: Path | None) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -291,6 +302,7 @@ def localised(
 
 REMEDIES: dict[str, Callable[[Path | None], Iterator[tuple[str, Callable[[], Row]]]]] = {
     "grid": lambda _: grids(),
+    "size": lambda _: sizes(),
     "training": training,
     "symmetries": lambda _: symmetries(),
     "tempering": lambda _: tempering(),
@@ -299,10 +311,10 @@ REMEDIES: dict[str, Callable[[Path | None], Iterator[tuple[str, Callable[[], Row
 }
 
 
-def report(rows: list[Row]) -> str:
+def report(rows: list[Row], remedies: Iterable[str] = REMEDIES) -> str:
     """A table for each remedy."""
     parts = []
-    for remedy in REMEDIES:
+    for remedy in remedies:
         here = [row for row in rows if row["remedy"] == remedy]
         if not here:
             continue

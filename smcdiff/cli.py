@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="restore a synthetic wafer picture with a rare defect",
         description="Draw a synthetic wafer picture with one rare defect, blur it, add noise, restore it, and compare "
-        "with the truth. About a minute on a laptop.",
+        "with the truth. About half a minute on two CPU cores.",
     )
     demo.set_defaults(command=_demo)
     demo.add_argument("--out", type=Path, default=Path("smcdiff-demo"), help="folder to write to (%(default)s)")
