@@ -97,20 +97,26 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]]) -> None:
+    """A panel for each prior (a row) and problem, a colour and a mark for each method."""
     shown = [row for row in rows if row.get("psnr", -1) > 0 and row["picture"] == 0]
-    panels = sorted({(row["prior"], row["task"]) for row in shown})
-    drawing, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, sharey=True)
-    for ax, panel in zip(axes[0], panels, strict=True):
-        for row in shown:
-            if (row["prior"], row["task"]) == panel:
-                cost = row["forward"] + row["backward"]
-                ax.semilogx(cost, 10 ** (-row["psnr"] / 20) * 2, "o", color="tab:blue")
-                ax.annotate(row["method"], (cost, 10 ** (-row["psnr"] / 20) * 2), fontsize=7, xytext=(3, 3),
-                            textcoords="offset points")  # fmt: skip
-        ax.set(title=" ".join(panel), xlabel="network evaluations")
-        ax.margins(x=0.4)
-    axes[0, 0].set_ylabel("root mean square error of the mean, on [-1, 1]")
-    drawing.tight_layout()
+    priors, tasks = (sorted({row[key] for row in shown}) for key in ("prior", "task"))
+    drawing, axes = plt.subplots(len(priors), len(tasks), figsize=(9.5, 5.6), squeeze=False, sharex=True)
+    for i, prior in enumerate(priors):
+        for ax, task in zip(axes[i], tasks, strict=True):
+            for number, method in enumerate(METHODS):
+                for row in shown:
+                    if (row["prior"], row["task"], row["method"]) == (prior, task, method):
+                        cost, error = row["forward"] + row["backward"], 2 * 10 ** (-row["psnr"] / 20)
+                        mark = "osDv^<>PX*hp"[number % 12]
+                        ax.semilogx(cost, error, mark, color=f"C{number % 10}", markersize=8, alpha=0.75, label=method)
+            ax.set(title=f"{prior}, {task}", xlim=(20, 4000))
+        axes[i, 0].set_ylabel("root mean square error\nof the mean, on [-1, 1]")
+    for ax in axes[-1]:
+        ax.set_xlabel("network evaluations a draw")
+    found = {label: mark for ax in axes.flat for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    names = [method for method in METHODS if method in found]
+    drawing.tight_layout(rect=(0, 0.12, 1, 1))
+    drawing.legend([found[name] for name in names], names, loc="lower center", ncols=5, fontsize=9, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     drawing.savefig(FIGURE, dpi=110)
 
