@@ -11,6 +11,8 @@ itself, the chain with the full covariance at 30 steps, and measured; every meth
     adapted, doubled     twice it, in twist and proposal
     adapted, Free Hunch  it and what each particle's last four steps add to it; not where no basis is shared
     TDS                  point, widened (0.1, max_shift 0.3) and PiGDM twists, on the same chain
+    MMPS                 the Tweedie covariance by 5 conjugate gradients, weighed; the Tweedie twist itself takes a
+                         pass for each measured value
     DPS                  1000 steps, one particle a chain
     DDRM, DiffPIR        100 steps, one particle a chain, as published; where the operator has an svd
 
@@ -86,6 +88,7 @@ def methods(prior: sd.DiffusionPrior, task: str) -> dict[str, tuple[Callable[[An
         "TDS, widened": (lambda m: sd.TDS(m, sd.WidenedTwist(0.1), max_shift=0.3), STEPS, True),
         "TDS, point": (sd.TDS, STEPS, True),
         "TDS, PiGDM": (lambda m: sd.TDS(m, sd.PiGDMTwist()), STEPS, True),
+        "MMPS": (lambda m: sd.MMPS(m, iterations=5), STEPS, True),
         "DDRM": (sd.DDRM, 100, False),
         "DiffPIR": (sd.DiffPIR, 100, False),
         "DPS": (lambda m: sd.DPS(m, step_size=0.5 if task == "inpaint" else 0.3), 1000, False),

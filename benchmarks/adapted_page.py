@@ -45,6 +45,7 @@ METHODS = (
     "TDS, widened",
     "TDS, PiGDM",
     "TDS, point",
+    "MMPS",
     "DDRM",
     "DiffPIR",
     "DPS",
@@ -56,6 +57,7 @@ HEAD = (
     "particles",
     "passes forward + back",
     "summed variance, nats²",
+    "least ESS",
     "roots",
     "log Z between chains, nats",
     "PSNR, dB",
@@ -69,7 +71,7 @@ def networks_table(rows: Iterable[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if "failed" in row:
-            cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 8]
+            cells = [row["prior"], row["task"], row["method"], f"refused: {row['failed'][:60]} …", *[""] * 9]
         else:
             broken = row["psnr"] < 0
             cells = [
@@ -79,6 +81,7 @@ def networks_table(rows: Iterable[dict[str, Any]]) -> str:
                 f"{row['chains']} × {row['particles']}",
                 f"{row['forward']:.0f} + {row['backward']:.0f}",
                 number(row["sumvar"], 0),
+                number(min(row["ess"]) if row["ess"] else None, 1),
                 "none resampled" if row["method"].startswith("tilted") else number(row["roots"], 1),
                 number(row["log_z_range"], 1),
                 "diverged" if broken else number(row["psnr"], 2),

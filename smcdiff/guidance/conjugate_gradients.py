@@ -37,7 +37,8 @@ from smcdiff.guidance.elementwise import slope_at
 from smcdiff.guidance.picture import LinearSite, PictureMeasurement
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.quadratic import Covariances, Noise, States
-from smcdiff.measurement import LinearOperator, diagonal_part
+from smcdiff.measurement import LinearOperator
+from smcdiff.measurement.compose import diagonal_part
 from smcdiff.transforms import Basis
 
 __all__ = ["ConjugateGradients", "IterativeMeasurement", "LinearSystem"]

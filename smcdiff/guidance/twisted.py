@@ -50,7 +50,7 @@ class Evaluations:
 
     Args:
         forward: passes through the denoisers of the diffusion sites.
-        backward: passes back through them for the proposal's gradient; a twist's own Jacobian products come on top.
+        backward: gradients with respect to x_t: of the proposal, and products with Jacobians in twists.
     """
 
     forward: int = 0
@@ -223,6 +223,9 @@ class TwistedModel:
         forward_only = isinstance(self.method, ForwardOnly) and self.method.forward_only
         with torch.set_grad_enabled(not forward_only):
             x = {name: value.detach().requires_grad_(not forward_only) for name, value in x.items()}
+            for name, latent in self.program.latents.items():
+                if latent.is_diffusion and not forward_only:
+                    x[name].register_hook(self._count_backward)
             estimates = {
                 name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name], past[name])
                 for name, latent in self.program.latents.items()
@@ -247,7 +250,6 @@ class TwistedModel:
         diffusion = sum(latent.is_diffusion for latent in self.program.latents.values())  # these have networks
         extra = proposal.extra_passes if isinstance(proposal, JointProposal) else len(own)
         self.evaluations.forward += (diffusion + extra) * len(log_psi)
-        self.evaluations.backward += diffusion * len(log_psi) * bool(gradients)
         carried: Particles = {"log_psi": log_psi.detach()}
         carried |= {f"{_CARRIED}{key}": tensor.detach() for key, tensor in remembered.items()}
         for name, value in x.items():
@@ -264,6 +266,10 @@ class TwistedModel:
             if gradients:
                 carried[f"{name}/gradient"] = gradients[name]
         return carried
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        """Called whenever a gradient has come back through a network to its x_t."""
+        self.evaluations.backward += len(gradient)
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)

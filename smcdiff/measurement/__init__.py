@@ -9,7 +9,6 @@ from smcdiff.measurement.compose import (
     LinearFunction,
     as_linear,
     as_operator,
-    diagonal_part,
 )
 from smcdiff.measurement.continuous import LaplaceMeasurement, LogNormalMeasurement, MixedMeasurement
 from smcdiff.measurement.distributions import GaussianMeasurement, Measurement, PoissonMeasurement
@@ -90,7 +89,6 @@ __all__ = [
     "as_operator",
     "astigmatic_psf",
     "defocus_psf",
-    "diagonal_part",
     "gaussian_moments",
     "gaussian_psf",
     "motion_psf",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -100,6 +103,23 @@ def test_many_particles_are_exact_on_a_mixture() -> None:
 
 def test_a_particle_does_not_depend_on_its_neighbours() -> None:
     pub.check_neighbours(lambda model: MMPS(model, 2))
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize(
+    ("method", "back"),
+    [
+        (lambda model: MMPS(model, 5), 6),  # one a step of conjugate gradients, one for the proposal
+        (lambda model: sd.TDS(model, sd.TweedieTwist()), 1 + len(pub.A)),  # a row of the Jacobian each
+        (sd.TDS, 1),
+        (sd.Bootstrap, 0),
+    ],
+    ids=["MMPS", "Tweedie", "TDS", "Bootstrap"],
+)
+def test_every_pass_back_is_counted(method: Callable[..., Any], back: int, batch: int | None) -> None:
+    model = pub.measured(pub.gaussian_prior(num_steps=4), sd.Matrix(pub.A), SIGMA)
+    smc = sd.SMC(method(model), 5, 2, seed=0, max_batch=batch, progress=False).run(pub.Y)
+    assert smc.network_evaluations == (4 * 5 * 2, back * 4 * 5 * 2)
 
 
 def test_a_step_never_waits_for_the_device() -> None:

@@ -71,6 +71,28 @@ def test_any_exponents_are_unbiased(power: float) -> None:
     check_evidence(smc, exact_log_z())
 
 
+def test_exponents_of_a_pilot_serve_a_run_with_another_seed() -> None:
+    """A chain that begins at sigma = 1.5 alpha, where the twist already tells particles apart: the pilot's exponents
+    keep the main run's weights as even as promised, up to the noise of 300 particles, and its evidence exact."""
+    denoiser = sd.GaussianDenoiser(MEAN, COVARIANCE)
+    prior = sd.DiffusionPrior(denoiser, sd.FlowSchedule(1e-3, 0.6), STEPS, variance="optimal", grid=sd.KarrasGrid())
+
+    def early(y=None):
+        return pyro.sample("y", dist.Normal(A @ pyro.sample("x", prior), 0.6).to_event(1), obs=y)
+
+    plain = sd.TDS(early, sd.TweedieTwist())
+    kernel = sd.tempered(plain, Y, ess_share=0.8, num_particles=64, num_chains=4, seed=100)
+    assert kernel.twist.exponents[-1] < 0.6 < 0.99 < kernel.twist.exponents[0]
+
+    def run(method: sd.TDS) -> sd.SMC:
+        every_step = sd.ParticleFilter(ess_threshold=1.0)
+        return sd.SMC(method, num_particles=300, num_chains=32, seed=2, filter=every_step, progress=False).run(Y)
+
+    smc = run(kernel)
+    check_evidence(smc, chain_law(prior, MEAN, COVARIANCE).given(A, Y, 0.6)[1])
+    assert float(smc.records.ess[:-1].min()) > 0.7 * 300 > 0.5 * 300 > float(run(plain).records.ess[:-1].min())
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="exponents"):
         sd.TemperedTwist(sd.PointTwist(), (0.5, 1.5))

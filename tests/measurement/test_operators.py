@@ -32,10 +32,10 @@ from smcdiff.measurement import (
     Zero,
     as_linear,
     as_operator,
-    diagonal_part,
     require_linear,
     require_svd,
 )
+from smcdiff.measurement.compose import diagonal_part
 from smcdiff.transforms import DCT
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import smcdiff as sd
-from smcdiff.measurement import diagonal_part
+from smcdiff.measurement.compose import diagonal_part
 from smcdiff.restoration.acquisition import Acquisition, Whiten, Window, blurred, coarse, gaussian_psf, masked, sharp
 from smcdiff.restoration.images import Crop
 from smcdiff.restoration.noise_level import Noise, whiten

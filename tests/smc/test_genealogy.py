@@ -1,8 +1,11 @@
 """Genealogies, against one worked out by hand and one by plain loops."""
 
+import pytest
 import torch
 
+from smcdiff.smc import ParticleFilter, Records
 from smcdiff.smc.genealogy import coalescence_step, follow, paths, roots, surviving_roots
+from tests.smc.models import Bootstrap, LinearGaussian
 
 # Two chains of three particles, three moves. Chain 0: 0 1 2 <- 0 0 2 <- 1 2 2 <- 0 0 0.
 BY_HAND = torch.tensor([[[0, 0, 2], [2, 0, 1]], [[1, 2, 2], [0, 1, 2]], [[0, 0, 0], [1, 2, 0]]])
@@ -43,3 +46,16 @@ def test_against_loops() -> None:
         assert surviving_roots(ancestors)[:, c].tolist() == [
             len(set(roots(ancestors)[i, c].tolist())) for i in range(K + 1)
         ]
+
+
+@pytest.mark.parametrize("ancestors", [False, True])
+@pytest.mark.parametrize("log_weights", [False, True])
+def test_a_history_takes_the_bytes_that_its_module_states(ancestors: bool, log_weights: bool) -> None:
+    b, n, K = 3, 50, 7
+    model = Bootstrap(LinearGaussian.example(2, num_steps=K))
+    kept = Records(ancestors=ancestors, log_weights=log_weights)
+    history = ParticleFilter().run(model, num_particles=n, num_chains=b, seed=0, records=kept).records
+    found = (history.ess, history.log_z, history.resampled, history.ancestors, history.log_w)
+    stated = 16 * b * (K + 1) + b * K + 8 * b * n * K * ancestors + 8 * b * n * (K + 1) * log_weights
+    assert sum(part.nbytes for part in found if part is not None) == stated
+    assert not history.summaries
