@@ -19,7 +19,7 @@ from smcdiff.diagnostics.provenance import describe, references, versions, write
 from smcdiff.diagnostics.run import Run
 from smcdiff.diagnostics.weights import entropy
 from smcdiff.guidance.base import Method
-from smcdiff.guidance.batching import pick_max_batch
+from smcdiff.guidance.batching import max_batch_of_run
 from smcdiff.guidance.deferred import DeferredModel, WeighsAtTheEnd
 from smcdiff.guidance.potentials import Steers, with_potential
 from smcdiff.guidance.predictive import Call
@@ -131,7 +131,9 @@ class SMC:
         """
         with self._processes() as ranks:
             program = Program(self.kernel.model, args, kwargs)
-            model = TwistedModel(program, self.kernel, self._batch(program, ranks))
+            model = TwistedModel(
+                program, self.kernel, max_batch_of_run(self._max_batch, program, self.kernel, ranks.count)
+            )
             path = _path(model, self.kernel, self.num_particles)
             kept = self._kept(program)
             seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
@@ -305,13 +307,6 @@ class SMC:
         if isinstance(self._filter, ParticleFilter):
             return nullcontext(Ranks(None))
         return Ranks.open(self._filter.time_limit)
-
-    def _batch(self, program: Program, ranks: Ranks) -> int:
-        """Largest number of particles put through the network at once; processes on CPUs share the memory."""
-        if self._max_batch is not None:
-            return self._max_batch
-        sharing = ranks.count if program.device.type == "cpu" else 1
-        return max(1, pick_max_batch(program, self.kernel) // sharing)
 
     def _check_shares(self, ranks: Ranks) -> None:
         """See that chains or particles can be shared among the processes."""

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from smcdiff.diagnostics.provenance import describe, references, versions, write_references
 from smcdiff.guidance.base import Method
+from smcdiff.guidance.batching import max_batch_of_run
 from smcdiff.guidance.deferred import WeighsAtTheEnd
 from smcdiff.guidance.potentials import Steers
 from smcdiff.guidance.predictive import Call
@@ -48,7 +49,9 @@ class ParticleGibbs:
         num_chains: independent chains, run side by side.
         warmup: sweeps before the first one that is kept.
         moves: how a sweep resamples and chooses the past of its path; ancestor sampling by default.
-        max_batch: largest number of particles put through the network at once.
+        max_batch: largest number of particles put through the network at once; None takes what fits into half of the
+            memory that is free when the run begins. The result does not depend on it, up to rounding and the tolerance
+            of a method's solver.
         seed: of all the noise; None takes one from torch's global generator.
         progress: show a progress bar.
 
@@ -82,7 +85,7 @@ class ParticleGibbs:
         """Condition the program on these arguments and run; returns itself. The first path is a plain filter's."""
         _check_method(self.kernel)
         program = Program(self.kernel.model, args, kwargs)
-        model = TwistedModel(program, self.kernel, self._max_batch)
+        model = TwistedModel(program, self.kernel, max_batch_of_run(self._max_batch, program, self.kernel))
         if self._moves.past is not Past.TRACED:
             model.check_past()
         seed, generator = _generator(self._seed, program)
@@ -127,7 +130,9 @@ class MarginalMH:
         warmup: proposals before the first one that is kept.
         step_size: standard deviation of the random walk in the noise, positive.
         filter: how particles are resampled.
-        max_batch: largest number of particles put through the network at once.
+        max_batch: largest number of particles put through the network at once; None takes what fits into half of the
+            memory that is free when the run begins. The result does not depend on it, up to rounding and the tolerance
+            of a method's solver.
         seed: of all the noise; None takes one from torch's global generator.
         progress: show a progress bar.
 
@@ -184,7 +189,7 @@ class MarginalMH:
             return {site: part.reshape(-1, *shape) for (site, shape), part in zip(shapes.items(), parts, strict=True)}
 
         def estimate(theta: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-            inner = TwistedModel(Program(self.kernel.model, args, kwargs, held(theta)), self.kernel, self._max_batch)
+            inner = TwistedModel(Program(self.kernel.model, args, kwargs, held(theta)), self.kernel, max_batch)
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             light = Records(ancestors=False)
             states = self._filter.iterate(inner, num_particles=n, num_chains=len(theta), seed=seed, records=light)
@@ -203,6 +208,8 @@ class MarginalMH:
 
         seed, generator = _generator(self._seed, program)
         size = sum(shape.numel() for shape in shapes.values())
+        medians = held(torch.zeros(1, size, dtype=program.dtype, device=program.device))
+        max_batch = max_batch_of_run(self._max_batch, Program(self.kernel.model, args, kwargs, medians), self.kernel)
         noise: dict[str, Any] = {"dtype": program.dtype, "device": program.device, "generator": generator}
         moves = MarginalMetropolis(estimate, self._step_size)
         state = moves.first(torch.randn(self.num_chains, size, **noise), generator)
