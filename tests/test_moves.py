@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -13,10 +14,10 @@ import torch
 import smcdiff as sd
 from smcdiff.guidance.program import Program
 from smcdiff.guidance.twisted import TwistedModel
-from smcdiff.smc.conditional import ConditionalSMC, Past
+from smcdiff.smc.conditional import ConditionalSMC, Past, Path
 from smcdiff.smc.distributed import ChainsOverRanks
 from smcdiff.smc.resampling import Multinomial, Systematic
-from tests.guidance.exact import chain_density, chain_law
+from tests.guidance.exact import NormalLaw, chain_density, chain_law
 
 F64 = torch.float64
 MEAN = torch.tensor([0.5, -0.5], dtype=F64)
@@ -24,8 +25,9 @@ COVARIANCE = torch.tensor([[1.0, 0.3], [0.3, 0.8]], dtype=F64)
 A = torch.tensor([[1.0, 1.0]], dtype=F64)
 Y = torch.tensor([2.0], dtype=F64)
 SIGMA = 0.7
-#: 10 tests use it, so that all of them together fail by chance with probability below 1e-5.
-FALSE_ALARM = 1e-6
+#: A path has 22 coordinates: 22 means, 253 second moments and 22 distribution functions. One of these 297 normal scores
+#: is above 6 with probability 6e-7, below 1e-6 with the squares' heavier tails: 1e-5 for the 9 tests that stay below.
+LIMIT = 6.0
 
 
 def gaussian_prior(steps: int = 10) -> sd.DiffusionPrior:
@@ -45,51 +47,105 @@ def gaussian_model(y=None):
     return pyro.sample("y", dist.Normal(A @ x, SIGMA).to_event(1), obs=y)
 
 
+def path_law(prior: sd.DiffusionPrior) -> NormalLaw:
+    """The exact law of the whole path (x_K ... x_0) of a Gaussian prior, from its chain's affine transitions."""
+    chain, size, eye = prior.chain, len(MEAN), torch.eye(len(MEAN), dtype=F64)
+    mean, root = chain.initial_mean, chain.initial_scale * eye  # path = mean + root noise
+    points = torch.cat([torch.zeros_like(MEAN)[None], eye])
+    for k in range(chain.num_steps, 0, -1):
+        law = chain.transition(k, points, chain.estimate(k, points))
+        forward, scale = (law.mean[1:] - law.mean[0]).mT, law.variance.expand(points.shape)[0].sqrt()
+        mean = torch.cat([mean, forward @ mean[-size:] + law.mean[0]])
+        old, fresh = torch.cat([root, forward @ root[-size:]]), torch.cat([0 * root[:, :size], scale.diag()])
+        root = torch.cat([old, fresh], 1)
+    return NormalLaw(mean, root @ root.mT)
+
+
 @functools.cache
-def exact_paths(number: int = 400):
-    """One path for each of ``number`` chains with the posterior's law: a path of a filter with n particles is off by
-    O(1 / n) only, and n = 1000 makes that invisible to ``number`` draws."""
-    kernel = sd.TDS(gaussian_model, sd.WidenedTwist(0.5))
+def exact_paths(number: int = 8_000) -> tuple[TwistedModel, NormalLaw, Path]:
+    """Particle Gibbs with a poor twist, the posterior's exact law on whole paths, and ``number`` independent draws."""
+    kernel = sd.TDS(gaussian_model, sd.WidenedTwist(0.1))
     model = TwistedModel(Program(kernel.model, (Y,)), kernel)
-    return model, ConditionalSMC().first(model, 1000, number, torch.Generator().manual_seed(0))
+    prior = path_law(gaussian_prior())
+    last = torch.cat([torch.zeros(1, len(prior.mean) - len(MEAN), dtype=F64), A], 1)
+    law, log_z = prior.given(last, Y, SIGMA)
+    own, own_log_z = chain_law(gaussian_prior(), MEAN, COVARIANCE).given(A, Y, SIGMA)
+    torch.testing.assert_close(law.mean[-2:], own.mean)
+    torch.testing.assert_close(law.covariance[-2:, -2:], own.covariance)
+    assert math.isclose(log_z, own_log_z, abs_tol=1e-8)
+    noise = torch.randn((number, len(law.mean)), generator=torch.Generator().manual_seed(0), dtype=F64)
+    x = (law.mean + noise @ torch.linalg.cholesky(law.covariance).mT).unflatten(1, (-1, len(MEAN)))
+    path = tuple(model.evaluate(model.num_steps - i, {"x": x[:, i, None]})[0] for i in range(model.num_steps + 1))
+    return model, law, path
+
+
+def largest_score(law: NormalLaw, path: Path) -> float:
+    """The largest score of all whole paths, in coordinates that the exact law makes independent normals.
+
+    Means and second moments in standard errors of the exact law, and Kolmogorov-Smirnov of each coordinate as the
+    normal score of its p-value.
+    """
+    x = torch.cat([particles["x"].flatten(1) for particles in path], 1)
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(law.covariance), (x - law.mean).mT, upper=False).mT
+    number, eye = len(z), torch.eye(z.shape[1], dtype=F64)
+    first = z.mean(0) * number**0.5
+    second = (z.mT @ z / number - eye) * torch.sqrt(number / (1 + eye))
+    p_values = scipy.stats.kstest(z.numpy(), "norm", axis=0).pvalue
+    normal = scipy.stats.norm.isf(p_values.clip(1e-300) / 2)
+    return max(float(first.abs().max()), float(second.abs().max()), float(normal.max()))
+
+
+def updated(moves: ConditionalSMC, n: int, updates: int = 8) -> Path:
+    model, _, path = exact_paths()
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(updates):
+        path = moves.update(model, path, n, generator)
+    return path
+
+
+MOVES = {
+    "ancestor": ConditionalSMC(),
+    "ancestor, some chains": ConditionalSMC(ess_threshold=0.75, resampler=Systematic()),
+    "backward": ConditionalSMC(past=Past.BACKWARD_SAMPLED, resampler=Multinomial()),
+    "traced": ConditionalSMC(past=Past.TRACED),
+}
+
+
+def test_exact_paths_have_a_small_score() -> None:
+    _, law, path = exact_paths()
+    assert largest_score(law, path) < LIMIT
 
 
 @pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", MOVES)
+def test_gaussian_posterior_is_invariant(n: int, name: str) -> None:
+    """Started from the posterior, whole paths still have the posterior's law after eight sweeps of n particles."""
+    _, law, start = exact_paths()
+    path = updated(MOVES[name], n)
+    assert float((path[-1]["x"] != start[-1]["x"]).any(-1).double().mean()) > 0.8, "many paths must have moved"
+    assert largest_score(law, path) < LIMIT
+
+
 @pytest.mark.parametrize(
-    "moves",
-    [
-        ConditionalSMC(),
-        ConditionalSMC(ess_threshold=0.5, resampler=Systematic()),
-        ConditionalSMC(past=Past.BACKWARD_SAMPLED, resampler=Multinomial()),
-        ConditionalSMC(past=Past.TRACED),
-    ],
-    ids=["ancestor", "ancestor, systematic", "backward", "traced"],
+    ("name", "method", "factor"),
+    [(name, "log_potential", factor) for name in MOVES for factor in (2.0, 0.0)]
+    + [(name, "log_transition", factor) for name in MOVES if name != "traced" for factor in (0.0, 0.5)],
 )
-def test_gaussian_posterior_is_invariant(n: int, moves: ConditionalSMC) -> None:
-    """Started from the posterior, x is still distributed as the posterior after eight sweeps with n particles: the
-    standardised coordinates are uniform under their normal law (Kolmogorov-Smirnov)."""
-    model, path = exact_paths()
-    generator = torch.Generator().manual_seed(n)
-    for _ in range(8):
-        path = moves.update(model, path, n, generator)
-    x = path[-1]["x"][:, 0]
-    posterior, _ = chain_law(gaussian_prior(), MEAN, COVARIANCE).given(A, Y, SIGMA)
-    z = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(posterior.covariance), (x - posterior.mean).mT, upper=False
-    ).flatten()
-    assert scipy.stats.kstest(z.numpy(), "norm").pvalue > FALSE_ALARM
+def test_wrong_weights_are_seen(monkeypatch: pytest.MonkeyPatch, name: str, method: str, factor: float) -> None:
+    """The same score is large for kernels with a wrong potential or a wrong transition, which tracing never asks.
+
+    Two particles show it best, but four where traced paths coalesce on the reference.
+    """
+    right = getattr(TwistedModel, method)
+    monkeypatch.setattr(TwistedModel, method, lambda *given: factor * right(*given))
+    assert largest_score(exact_paths()[1], updated(MOVES[name], 4 if name == "traced" else 2)) > 1.5 * LIMIT
 
 
-def test_a_wrong_weight_would_be_seen() -> None:
-    """The same statistic rejects the law that too few particles without correction give."""
-    kernel = sd.TDS(gaussian_model, sd.WidenedTwist(0.5))
-    smc = sd.SMC(kernel, num_particles=2, num_chains=400, seed=0, progress=False).run(Y)
-    x = smc.posterior.values["x"][:, 0]  # a particle taken without its weight
-    posterior, _ = chain_law(gaussian_prior(), MEAN, COVARIANCE).given(A, Y, SIGMA)
-    z = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(posterior.covariance), (x - posterior.mean).mT, upper=False
-    ).flatten()
-    assert scipy.stats.kstest(z.numpy(), "norm").pvalue < FALSE_ALARM
+def test_too_few_particles_without_correction_are_seen() -> None:
+    """A plain filter's path with two particles does not have the posterior's law."""
+    model, law, path = exact_paths()
+    poor = ConditionalSMC().first(model, 2, len(path[0]["x"]), torch.Generator().manual_seed(0))
+    assert largest_score(law, poor) > 1.5 * LIMIT
 
 
 def test_sweeps_mend_a_poor_run_on_a_mixture() -> None:
