@@ -8,16 +8,18 @@ import re
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
 from smcdiff.smc import FilterError, FilterState, ParticleFilter, Records
-from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, digest, load, save
+from smcdiff.smc.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, digest, load, save, versions
 from tests.smc import killed_runs
 from tests.smc.models import CPU, Bootstrap, LinearGaussian
 
@@ -149,6 +151,32 @@ def test_a_checkpoint_of_another_program_filter_model_or_version_is_refused(
         ParticleFilter().run(MODEL, **NUMBERS, checkpoint=same)
 
 
+def test_a_checkpoint_of_another_smcdiff_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another version wrote, and one that was written where smcdiff was not installed."""
+    path = tmp_path / "a.pt"
+    here = versions()["smcdiff"]
+
+    def other(name: str) -> str:
+        return "0.0.1" if name == "smcdiff" else "another package"
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    for wrote, word in ((other, "0.0.1"), (missing, "not installed")):
+        if word == here:
+            continue
+        path.unlink(missing_ok=True)
+        with monkeypatch.context() as there:
+            there.setattr(metadata, "version", wrote)
+            kept(path)
+            kept(path)
+        before = path.read_bytes()
+        says = rf"is of another run \(smcdiff: {re.escape(word)} there, {re.escape(here)} here\); delete or rename it"
+        with pytest.raises(CheckpointError, match=says):
+            kept(path)
+        assert path.read_bytes() == before
+
+
 def test_a_broken_file_and_another_format(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     kept(path)
@@ -196,6 +224,42 @@ def test_a_disk_that_fills_up_does_not_cost_the_run(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
     went_on = ParticleFilter().run(MODEL, **NUMBERS, checkpoint=each_step(path))
     assert torch.equal(went_on.log_z, straight.log_z)
+
+
+def test_a_folder_that_becomes_read_only_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second write on nothing can be renamed or removed: each write warns, and the first checkpoint stays."""
+    path = tmp_path / "a.pt"
+    straight = ParticleFilter().run(MODEL, **NUMBERS)
+    replace_file = os.replace
+    asked = 0
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def once(old: Path, new: Path) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            refuse()
+        replace_file(old, new)
+        folder.setattr(Path, "unlink", refuse)
+
+    with monkeypatch.context() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder.setattr(os, "replace", once)
+        result = ParticleFilter().run(MODEL, **NUMBERS, checkpoint=each_step(path))
+    assert asked == 7
+    assert [warning.category for warning in caught] == [CheckpointWarning] * 6
+    said = (
+        re.escape(f"the checkpoint {path} of ") + ".* could not be written: Read-only file system; .*; the run goes on"
+    )
+    assert all(re.fullmatch(said, str(warning.message)) for warning in caught)
+    assert torch.equal(result.log_z, straight.log_z)
+    assert torch.equal(result.particles["x"], straight.particles["x"])
+    assert load(path, read_identity(path), CPU).step == 0
+    went_on = ParticleFilter().run(MODEL, **NUMBERS, checkpoint=each_step(path))
+    assert torch.equal(went_on.log_z, straight.log_z)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from smcdiff.smc import ParticleFilter, Records
 from smcdiff.smc.evidence import error_over_chains, evidence_variance, expectation_variance, relative_variance
 from smcdiff.smc.genealogy import roots
-from smcdiff.smc.resampling import Multinomial, Systematic
+from smcdiff.smc.resampling import Killing, Multinomial, Resampler, Residual, Stratified, Systematic
+from smcdiff.smc.ssp import SSP
 from tests.smc.models import Bootstrap, HiddenMarkov, LinearGaussian
 
 KEEP = Records(log_weights=True)
@@ -123,3 +125,58 @@ def test_refused_where_theory_does_not_cover_the_run() -> None:
         evidence_variance(result, lag=2)
     with pytest.raises(ValueError, match="got lag 0"):
         expectation_variance(result, result.particles["x"], lag=0)
+
+
+@pytest.mark.parametrize(
+    "scheme", [Systematic(), Stratified(), Residual(), SSP(), Killing()], ids=lambda s: type(s).__name__
+)
+def test_refused_for_every_other_scheme(scheme: Resampler) -> None:
+    model = Bootstrap(LinearGaussian.example(1, num_steps=4))
+    result = ParticleFilter(scheme, 1.0).run(model, num_particles=30, num_chains=3, records=KEEP)
+    for lag in (None, 1, 2):
+        refusal = f"got a run with {type(scheme).__name__} resampling; .* is known for Multinomial alone"
+        with pytest.raises(ValueError, match=refusal):
+            evidence_variance(result, lag)
+        with pytest.raises(ValueError, match=refusal):
+            expectation_variance(result, result.particles["x"], lag)
+
+
+@pytest.mark.parametrize("survivors", [1, 2])
+def test_refused_where_a_chain_has_coalesced_over_the_lag(survivors: int) -> None:
+    """Ancestors of four steps by hand: those of chain 1 at step 3 have one or two parents, the others their own."""
+    model = Bootstrap(LinearGaussian.example(1, num_steps=4))
+    run = ParticleFilter(Multinomial(), 1.0).run(model, num_particles=6, num_chains=3, records=KEEP)
+    ancestors = torch.arange(6).repeat(4, 3, 1)
+    ancestors[2, 1] = 3
+    ancestors[2, 1, 5] = 3 if survivors == 1 else 4
+    result = replace(run, records=replace(run.records, ancestors=ancestors))
+    x = result.particles["x"]
+    assert expectation_variance(result, x, lag=1).isfinite().all()
+    if survivors == 2:
+        for lag in (None, 1, 2, 3, 4, 9):
+            assert evidence_variance(result, lag).isfinite().all()
+            assert expectation_variance(result, x, lag).isfinite().all()
+        return
+    by = r"got chains \[1\] whose particles all descend from one particle of "
+    for lag, says in {
+        1: "step 2 at step 3; take a shorter lag",
+        2: "step 1 at step 3",
+        3: "step 0 at step 3",
+        9: "step 0 at step 4",
+        None: "the initial step; give a lag",
+    }.items():
+        with pytest.raises(ValueError, match=by + says):
+            evidence_variance(result, lag)
+    for lag, step in {2: 2, 3: 1, 9: 0, None: 0}.items():
+        with pytest.raises(ValueError, match=by + f"step {step}; take a shorter lag"):
+            expectation_variance(result, x, lag)
+
+
+def test_refused_where_the_particles_of_a_long_run_have_coalesced_over_the_lag() -> None:
+    model = Bootstrap(LinearGaussian.example(1, num_steps=60))
+    result = ParticleFilter(Multinomial(), 1.0).run(model, num_particles=20, num_chains=5, records=KEEP)
+    with pytest.raises(ValueError, match="step 0 at step 59; take a shorter lag or more particles"):
+        evidence_variance(result, lag=59)
+    with pytest.raises(ValueError, match="step 1; take a shorter lag or more particles"):
+        expectation_variance(result, result.particles["x"], lag=59)
+    assert evidence_variance(result, lag=1).isfinite().all()
