@@ -47,8 +47,6 @@ _TRAVELLED = (
     "the method jumps back in time, as published: the draws are the sampler's own and carry no evidence. Leave the "
     "jumps out for an exact correction"
 )
-#: Seconds between two checkpoints of a run.
-CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,16 @@ class SMC:
             rank 0 on several processes.
         records: what to keep of the steps; the entropy of the weights is added to its summaries.
         progress: show a progress bar, on rank 0 alone.
-        checkpoint: a file to keep the run in, once a minute; if the same run is kept there already, it goes on from
-            where it stood, to the same result. Needs a seed. Each of several processes keeps files of its own, with
-            ``.rank<r>`` and ``.a`` or ``.b`` in the name.
+        checkpoint: a file to keep the run in; if the same run is kept there already, it goes on from where it stood, to
+            the same result. Needs a seed. Each of several processes keeps files of its own, with ``.rank<r>`` and
+            ``.a`` or ``.b`` in the name.
+        checkpoint_seconds, checkpoint_steps: how often, by the clock and by steps of the chain; None for never.
 
     Raises:
         TypeError: for a filter that is none of the three.
-        ValueError: for numbers of particles or chains below 1, a checkpoint without a seed, or, on several processes,
-            summaries in ``records`` that are not :class:`~smcdiff.smc.distributed.OfWeights`.
+        ValueError: for numbers of particles or chains below 1, a checkpoint without a seed or with intervals that are
+            not positive or both None, or, on several processes, summaries in ``records`` that are not
+            :class:`~smcdiff.smc.distributed.OfWeights`.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class SMC:
         records: Records = Records(),  # noqa: B008 (immutable)
         progress: bool = True,
         checkpoint: Path | str | None = None,
+        checkpoint_seconds: float | None = 60.0,
+        checkpoint_steps: int | None = None,
     ) -> None:
         if checkpoint is not None and seed is None:
             raise ValueError("got a checkpoint without a seed; a run can only be continued if its seed is known")
@@ -115,7 +117,10 @@ class SMC:
         self.kernel, self.num_particles, self.num_chains = kernel, num_particles, num_chains
         self._filter, self._max_batch, self._seed = filter, max_batch, seed
         self._records = replace(records, summaries={"entropy": OfWeights(entropy), **records.summaries})
-        self._progress, self._checkpoint = progress, checkpoint
+        self._progress = progress
+        self._checkpoint = (
+            None if checkpoint is None else Checkpoint(checkpoint, {}, checkpoint_seconds, checkpoint_steps)
+        )
         self._finished: _Finished | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> SMC:
@@ -300,7 +305,7 @@ class SMC:
     def _kept(self, program: Program) -> Checkpoint | None:
         if self._checkpoint is None:
             return None
-        return Checkpoint(self._checkpoint, _identity(self.kernel, program), every_seconds=CHECKPOINT_SECONDS)
+        return replace(self._checkpoint, identity=_identity(self.kernel, program))
 
     def _processes(self) -> AbstractContextManager[Ranks]:
         """The processes of a run, connected until it is over."""

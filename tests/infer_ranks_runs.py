@@ -153,16 +153,15 @@ def on_network(
         return pyro.sample("y", pyro_dist.Normal(x, 0.5).to_event(1), obs=y)
 
     n, b = numbers.get("n", 4), numbers.get("b", 2)
-    options: dict[str, Any] = {"seed": 3, "progress": False, "max_batch": 100, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"seed": 3, "progress": False, "max_batch": 100}
     kernel = sd.TDS(model) if twist is None else sd.TDS(model, twist)
-    return sd.SMC(kernel, n, b, filter=filter, **options)
+    return sd.SMC(kernel, n, b, filter=filter, checkpoint=checkpoint, checkpoint_steps=1, **options)
 
 
 LONG_Y = torch.tensor([0.5, -0.2], dtype=F64)
 
 
 def kept(folder: Path | None, network: Callable[[], Network], names: list[str]) -> dict[str, Any]:
-    smcdiff.infer.CHECKPOINT_SECONDS = 1e-9  # at every step
     found = {}
     for name in names:
         own = network()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import smcdiff as sd
+from smcdiff.smc import FilterState
 from smcdiff.smc.checkpoint import CheckpointError
 
 F64 = torch.float64
@@ -42,11 +43,10 @@ def smc(path: Path, network: Network, sigma: float = 0.5, seed: int = 3, **optio
         x = pyro.sample("x", prior)
         return pyro.sample("y", dist.Normal(x, sigma).to_event(1), obs=y)
 
-    return sd.SMC(sd.TDS(model, **options), 8, 2, seed=seed, progress=False, checkpoint=path)
+    return sd.SMC(sd.TDS(model, **options), 8, 2, seed=seed, progress=False, checkpoint=path, checkpoint_steps=1)
 
 
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smcdiff.infer.CHECKPOINT_SECONDS", 1e-9)  # at every step
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = smc(tmp_path / "whole.pt", Network()).run(Y)
     path = tmp_path / "cut.pt"
     with pytest.raises(Interrupted):
@@ -58,9 +58,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path: Path, monkey
     assert torch.equal(resumed.log_evidence_per_chain, whole.log_evidence_per_chain)
 
 
-def test_a_point_mass_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_mass_is_remembered(tmp_path: Path) -> None:
     """DPS as published has no evidence, and still has none when a finished run is read from its checkpoint."""
-    monkeypatch.setattr("smcdiff.infer.CHECKPOINT_SECONDS", 1e-9)
     for steps in (30, 0):
         network = Network()
         prior = sd.DiffusionPrior(sd.NetworkDenoiser(network, (2,), sd.from_clean), sd.VPSchedule(), 30)
@@ -96,6 +95,38 @@ def test_another_measurement_is_refused(tmp_path: Path) -> None:
     smc(path, Network()).run(Y)
     with pytest.raises(CheckpointError, match="another run.*measurement"):
         smc(path, Network()).run(Y + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "step"), [(7, None, 14), (None, 1e-9, 19), (None, 3600.0, 0), (7, 3600.0, 14)]
+)
+def test_checkpoints_come_as_often_as_asked(
+    tmp_path: Path, steps: int | None, seconds: float | None, step: int
+) -> None:
+    """The step that a run of 30 steps has kept when it is cut at its step 20."""
+    path = tmp_path / "run.pt"
+    prior = sd.DiffusionPrior(sd.NetworkDenoiser(Network(), (2,), sd.from_clean), sd.VPSchedule(), 30)
+
+    def model(y=None):
+        return pyro.sample("y", dist.Normal(pyro.sample("x", prior), 0.5).to_event(1), obs=y)
+
+    def cut(state: FilterState) -> torch.Tensor:
+        if state.step == 20:
+            raise Interrupted
+        return state.ess
+
+    options = {"progress": False, "checkpoint_seconds": seconds, "checkpoint_steps": steps}
+    with pytest.raises(Interrupted):
+        sd.SMC(sd.TDS(model), 8, 2, seed=3, checkpoint=path, records=sd.Records(summaries={"cut": cut}), **options).run(
+            Y
+        )
+    assert torch.load(path, weights_only=True)["state"]["step"] == step
+
+
+def test_intervals_of_checkpoints_are_checked_at_once(tmp_path: Path) -> None:
+    for interval in ({"checkpoint_seconds": 0.0}, {"checkpoint_seconds": None}, {"checkpoint_steps": -1}):
+        with pytest.raises(ValueError, match="expected a positive interval"):
+            sd.SMC(sd.TDS(lambda: None), 2, seed=0, checkpoint=tmp_path / "run.pt", **interval)
 
 
 def test_a_checkpoint_needs_a_seed(tmp_path: Path) -> None:
