@@ -56,6 +56,10 @@ class Evaluations:
     forward: int = 0
     backward: int = 0
 
+    def count_backward(self, gradient: Tensor) -> None:
+        """To be called with every gradient (m, ...) that has come back through a network to its x_t."""
+        self.backward += len(gradient)
+
 
 class TwistedModel:
     """The Feynman-Kac model of a method on a program. Filter step i goes from noise level k = K + 1 - i to k - 1.
@@ -225,7 +229,7 @@ class TwistedModel:
             x = {name: value.detach().requires_grad_(not forward_only) for name, value in x.items()}
             for name, latent in self.program.latents.items():
                 if latent.is_diffusion and not forward_only:
-                    x[name].register_hook(self._count_backward)
+                    x[name].register_hook(self.evaluations.count_backward)
             estimates = {
                 name: Estimate(x[name]) if name in self.program.held else latent.chain.estimate(k, x[name], past[name])
                 for name, latent in self.program.latents.items()
@@ -266,10 +270,6 @@ class TwistedModel:
             if gradients:
                 carried[f"{name}/gradient"] = gradients[name]
         return carried
-
-    def _count_backward(self, gradient: Tensor) -> None:
-        """Called whenever a gradient has come back through a network to its x_t."""
-        self.evaluations.backward += len(gradient)
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.program.dtype, device=self.device)

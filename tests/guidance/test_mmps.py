@@ -111,10 +111,11 @@ def test_a_particle_does_not_depend_on_its_neighbours() -> None:
     [
         (lambda model: MMPS(model, 5), 6),  # one a step of conjugate gradients, one for the proposal
         (lambda model: sd.TDS(model, sd.TweedieTwist()), 1 + len(pub.A)),  # a row of the Jacobian each
+        (sd.TMPD, 2),
         (sd.TDS, 1),
         (sd.Bootstrap, 0),
     ],
-    ids=["MMPS", "Tweedie", "TDS", "Bootstrap"],
+    ids=["MMPS", "Tweedie", "TMPD", "TDS", "Bootstrap"],
 )
 def test_every_pass_back_is_counted(method: Callable[..., Any], back: int, batch: int | None) -> None:
     model = pub.measured(pub.gaussian_prior(num_steps=4), sd.Matrix(pub.A), SIGMA)

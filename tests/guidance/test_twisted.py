@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +60,17 @@ def problem(network: Callable[..., torch.Tensor], method=sd.TDS):
 
 
 Y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_a_model_is_freed_after_its_run() -> None:
+    """Its last graph, which it keeps for the allocator's sake, must not keep the model in turn."""
+    kernel = problem(CountingNetwork())
+    model = TwistedModel(Program(kernel.model, (Y,)), kernel)
+    sd.ParticleFilter().run(model, num_particles=4, seed=0)
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize("method", [sd.TDS, sd.DPS])
